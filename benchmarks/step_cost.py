@@ -1,0 +1,186 @@
+"""What a train step costs beside LoRA's: XLA's FLOPs and temporary bytes, and seconds, alternating with LoRA.
+
+    python -m benchmarks.step_cost --method peanut --tokens 2048 --rank 32 --depth 2
+
+A HF FlaxLlama of 4 layers, width 1024, with random weights; q, k, v, up and down projections adapted; AdamW.
+
+    lora            LoRA
+    peanut          PEANuT by factors, as the library trains it
+    materialized    PEANuT with dW formed and multiplied in every layer, as HF PEFT does
+    merged          PEANuT with W0 + dW formed and used as the kernel
+
+XLA counts the body of a loop once, so with `--accumulate` above 1 compare bytes, seconds and `tweaker_dots_in_loops`
+(the products that read a frozen kernel with r columns inside a while loop, from the compiled HLO; 0 is the claim), not
+FLOPs.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transformers import FlaxLlamaForCausalLM, LlamaConfig
+
+import peanut_jax as pj
+from benchmarks.timing import alternate, median_ratio
+from peanut_jax.kernels import flatten, replace
+from peanut_jax.tweaker import delta
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+METHODS = ("lora", "peanut", "materialized", "merged")
+
+
+def build_model(args: argparse.Namespace) -> tuple[FlaxLlamaForCausalLM, dict]:
+    """The module and random parameters in `args.dtype`, without a slow compiled initialisation."""
+    config = LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 11 // 4,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 64, max_position_embeddings=args.seq,
+    )  # fmt: skip
+    dtype = jnp.dtype(args.dtype)
+    model = FlaxLlamaForCausalLM(config, _do_init=False, input_shape=(1, 8), dtype=dtype)
+    shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), (1, 8)))
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(0, 0.02, s.shape) if len(s.shape) > 1 else np.ones(s.shape), dtype)  # noqa: E731
+    return model, jax.tree.map(draw, shapes)
+
+
+def materialized(fn: Callable, pairs: dict) -> Callable:
+    """`fn` with x @ dW added to every adapted Dense, dW formed as a matrix."""
+    updates = {path: delta(*pair) for path, pair in pairs.items()}
+
+    def add(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        update = updates.get("/".join((*context.module.path, "kernel")))
+        return y if update is None else y + args[0].astype(y.dtype) @ update.astype(y.dtype)
+
+    def call(params, *args):
+        with nn.intercept_methods(add):
+            return fn(params, *args)
+
+    return call
+
+
+def merged(fn: Callable, pairs: dict) -> Callable:
+    """`fn` on W0 + dW."""
+
+    def call(params, *args):
+        flat = flatten(params)
+        return fn(replace(params, {p: flat[p] + delta(*pair).astype(flat[p].dtype) for p, pair in pairs.items()}), *args)
+
+    return call
+
+
+def make_step(method: str, loss_fn: Callable, config: pj.PeanutConfig | pj.LoraConfig, tx, accumulate: int) -> Callable:
+    """A jitted step; the two that form dW are written here, for the library has no such road."""
+    if method in ("lora", "peanut"):
+        return pj.make_train_step(loss_fn, tx, config, accumulate_steps=accumulate)
+    if accumulate != 1:
+        raise SystemExit(f"--accumulate is for lora and peanut, not {method}")
+    form = {"materialized": materialized, "merged": merged}[method]
+
+    def step(state, params, batch):
+        def loss(adapters):
+            return form(loss_fn, pj.factors(adapters, params, config))(params, batch, state.key)
+
+        value, grads = jax.value_and_grad(loss)(state.adapters)
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
+        return state.replace(step=state.step + 1, adapters=adapters, opt_state=opt_state), {"loss": value}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def tweaker_dots_in_loops(hlo: str, rank: int, sides: set[int]) -> int:
+    """Dots in the bodies of while loops whose operands are a kernel and its r columns, so part of the tweaker.
+
+    Such a dot has one operand with two kernel sides and gives [side, r] or [r, side]: no token axis.
+    """
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", hlo))
+    called = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL))
+    reached, queue = set(), list(bodies)
+    while queue:
+        name = queue.pop()
+        if name not in reached and name in called:
+            reached.add(name)
+            queue += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", called[name])
+    count = 0
+    for name in reached:
+        for line in called[name].splitlines():
+            shape = re.search(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call)\(", line)
+            if shape and sorted(dims := [int(d) for d in shape[1].split(",") if d != "1"])[:1] == [rank]:
+                count += len(dims) == 2 and max(dims) in sides and _reads_kernel(line, called[name], sides)
+    return count
+
+
+def _reads_kernel(line: str, body: str, sides: set[int]) -> bool:
+    operands = re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])
+    for operand in operands:
+        shape = re.search(rf"%{re.escape(operand)} = \w+\[([\d,]+)\]", body)
+        if shape and all(int(d) in sides for d in shape[1].split(",")):
+            return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="peanut")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step, in sequences of --seq")
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--depth", type=int, default=0)
+    parser.add_argument("--orientation", choices=("output", "input"), default="output")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each; 0 to only compile")
+    args = parser.parse_args()
+
+    model, params = build_model(args)
+    tokens = jax.random.randint(jax.random.key(1), (args.tokens // args.seq, args.seq), 0, args.vocab)
+
+    def loss_fn(params, batch, key):
+        logits = model(batch, params=params, train=True, dropout_rng=key).logits[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[:, 1:]).mean()
+
+    peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
+    configs = {"lora": pj.LoraConfig(r=args.rank, target_modules=TARGETS), args.method: peanut}
+    if args.method == "lora":
+        configs = {"lora": configs["lora"] if args.method != "lora" else pj.LoraConfig(r=args.rank, target_modules=TARGETS)}
+    tx = optax.adamw(1e-3)
+    records, steps = {}, {}
+    for method, config in configs.items():
+        state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
+        step = make_step(method, loss_fn, config, tx, args.accumulate).lower(state, params, tokens).compile()
+        holder = [state]
+
+        def run(step=step, holder=holder):
+            holder[0], metrics = step(holder[0], params, tokens)
+            jax.block_until_ready((holder[0], metrics))
+
+        steps[method] = run
+        records[method] = {
+            "method": method, "tokens": args.tokens, "rank": args.rank, "depth": args.depth if method != "lora" else None,
+            "accumulate": args.accumulate, "dtype": args.dtype, "trainable": pj.count(state.adapters),
+            "flops": step.cost_analysis()["flops"], "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+            "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, {args.width, args.width * 11 // 4}),
+        }  # fmt: skip
+    seconds = alternate(steps, args.repeats) if args.repeats else {}
+    for method, record in records.items():
+        lora = records["lora"]
+        if seconds:
+            record["median_seconds"] = float(np.median(seconds[method]))
+            record["seconds_over_lora"] = median_ratio(seconds[method], seconds["lora"])
+        record["flops_over_lora"] = record["flops"] / lora["flops"]
+        record["temp_bytes_over_lora"] = record["temp_bytes"] / lora["temp_bytes"]
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Wall-clock comparison on a noisy machine: alternate the candidates in one process, quote medians and ratios."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+
+def alternate(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat of each step, in turn; a step must block until its work is done. One warm-up each."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """The median of the ratios of neighbouring repeats, which slow drifts of the machine leave alone."""
+    return float(np.median(np.asarray(seconds) / np.asarray(reference)))

@@ -1,0 +1,188 @@
+"""What a kernel is: finding dense kernels in a Flax parameter tree, and seeing each as a stack of [d_in, d_out].
+
+Modules store a kernel in their own layout: `nn.Dense` [d_in, d_out], `nn.DenseGeneral` [*in, *out], HF's `FlaxConv1D`
+[d_out, d_in], each under leading layer axes inside `nn.scan`. A `Kernel` holds what is needed to move between that
+layout and the one of the mathematics.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, PyTree
+
+COLLECTION = "params"
+Axes = Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One dense kernel: where it is and how its axes divide.
+
+    Attributes:
+        path: Slash-separated path of the leaf within the 'params' collection, as `encoder/layer/0/query/kernel`.
+        stack: Leading axes that index separate kernels: `nn.scan` layers, or the batch dims of a DenseGeneral.
+        ins: Input axes (one for Dense). outs: Output axes.
+        transposed: True where the module stores [d_out, d_in] (FlaxConv1D).
+    """
+
+    path: str
+    stack: tuple[int, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        """The dotted module path, the name that HF PEFT matches targets against."""
+        return module_of(self.path)
+
+    @property
+    def d_in(self) -> int:
+        return math.prod(self.ins)
+
+    @property
+    def d_out(self) -> int:
+        return math.prod(self.outs)
+
+    def matrix(self, stored: Array) -> Array:
+        """The stored kernel as [*stack, d_in, d_out]."""
+        stored = jnp.swapaxes(stored, -1, -2) if self.transposed else stored
+        return stored.reshape(*self.stack, self.d_in, self.d_out)
+
+    def stored(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        array = matrix.reshape(*self.stack, *self.ins, *self.outs)
+        return jnp.swapaxes(array, -1, -2) if self.transposed else array
+
+
+def module_of(path: str) -> str:
+    """`a/b/kernel` -> `a.b`."""
+    return path.rpartition("/")[0].replace("/", ".")
+
+
+def flatten(params: PyTree) -> dict[str, Array]:
+    """Slash-separated path -> leaf of the 'params' collection.
+
+    Args:
+        params: The collection itself (what HF Flax models take) or a Linen variables dict that holds it.
+
+    Raises:
+        ValueError: if it is no mapping of arrays, naming the first leaf that is none.
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be a nested mapping of arrays, got {type(params).__name__}")
+    flat = flatten_dict(flax.core.unfreeze(params.get(COLLECTION, params)), sep="/")
+    for path, leaf in flat.items():
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            boxed = isinstance(leaf, nn.meta.AxisMetadata)
+            hint = "; call flax.linen.meta.unbox(params) first" if boxed else ""
+            raise ValueError(f"params must be a nested mapping of arrays, but {path!r} is a {type(leaf).__name__}{hint}")
+    if not flat:
+        raise ValueError("params is empty: pass the model's parameters")
+    return flat
+
+
+def replace(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
+    """A new tree of the same kind with `leaves` (path -> array) put in; `params` is not touched."""
+    inner = unflatten_dict({**flatten(params), **leaves}, sep="/")
+    inner = flax.core.freeze(inner) if isinstance(params, flax.core.FrozenDict) else inner
+    if COLLECTION not in params:
+        return inner
+    if isinstance(params, flax.core.FrozenDict):
+        return params.copy({COLLECTION: inner})
+    return {**params, COLLECTION: inner}
+
+
+def find(flat: Mapping[str, Array], axes: Axes | None = None) -> dict[str, Kernel]:
+    """Every dense kernel of a flat tree, by path, in the tree's order.
+
+    A leaf named `kernel` with two axes is one. With more axes a kernel is a layer stack, a DenseGeneral or a
+    convolution, which shapes alone do not always tell apart: `axes` decides where given, then the bias (its shape is
+    stack + outs), and without a bias every axis but the last two is taken for the stack. The interceptor compares this
+    with the module that runs and raises where it was wrong, so a wrong reading is never silent.
+
+    Args:
+        flat: Path -> array, from `flatten`.
+        axes: Path -> (number of input axes, number of output axes), from `kernel_axes`.
+    """
+    axes = axes or {}
+    conv1d = _conv1d_blocks(flat)
+    found = {}
+    for path, leaf in flat.items():
+        if not (path == "kernel" or path.endswith("/kernel")) or leaf.ndim < 2:
+            continue
+        split = axes.get(path) or _axes_from_shapes(path, leaf, flat.get(path.removesuffix("kernel") + "bias"))
+        if split is None:
+            continue
+        n_in, n_out = split
+        shape, n_stack = tuple(leaf.shape), leaf.ndim - n_in - n_out
+        if n_in < 1 or n_out < 1 or n_stack < 0:
+            raise ValueError(f"axes of kernel {path!r} must be (inputs, outputs) within {shape}, got {split}")
+        transposed = _block(path) in conv1d and split == (1, 1)
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        found[path] = Kernel(path, shape[:n_stack], shape[n_stack : n_stack + n_in], shape[n_stack + n_in :], transposed)
+    return found
+
+
+def _axes_from_shapes(path: str, kernel: Array, bias: Array | None) -> tuple[int, int] | None:
+    if kernel.ndim == 2:
+        return 1, 1
+    if re.search(r"conv", module_of(path).rpartition(".")[2], re.IGNORECASE) or kernel.ndim > 4:
+        return None
+    if bias is None:
+        return (1, 1) if kernel.ndim == 3 else None
+    for n_stack in range(kernel.ndim - 2, -1, -1):
+        n_out = bias.ndim - n_stack
+        n_in = kernel.ndim - n_stack - n_out
+        shape = tuple(kernel.shape[:n_stack]) + tuple(kernel.shape[kernel.ndim - n_out :])
+        if n_out >= 1 and n_in >= 1 and shape == tuple(bias.shape) and n_in + n_out <= 3:
+            return n_in, n_out
+    return None
+
+
+# Only HF's GPT-2 uses FlaxConv1D (transformers 4.57, models/gpt2/modeling_flax_gpt2.py), which stores [d_out, d_in].
+# A square kernel does not show it, so it is read off the names of the block.
+_CONV1D_KERNEL = re.compile(r"(?P<block>(?:.*/)?)(?:attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel")
+
+
+def _block(path: str) -> str | None:
+    match = _CONV1D_KERNEL.fullmatch(path)
+    return match["block"] if match else None
+
+
+def _conv1d_blocks(flat: Mapping[str, Array]) -> set[str]:
+    return {block for path in flat if path.endswith("attn/c_attn/kernel") and (block := _block(path)) is not None}
+
+
+def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tuple[int, int]]:
+    """(Input axes, output axes) of every dense kernel that `fn(params, *args, **kwargs)` calls, traced without running.
+
+    Needed only for a model with `nn.DenseGeneral` kernels that have no bias: pass the result to `init`.
+
+    Example:
+        axes = pj.kernel_axes(model.apply, variables, tokens)
+        adapters = pj.init(key, variables, config, axes=axes)
+    """
+    seen: dict[str, tuple[int, int]] = {}
+
+    def record(next_fun, call_args, call_kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.DenseGeneral)):
+            if isinstance(module, nn.DenseGeneral):
+                counts = tuple(len(v) if isinstance(v, (tuple, list)) else 1 for v in (module.axis, module.features))
+            else:
+                counts = (1, 1)
+            seen["/".join((*module.path, "kernel"))] = counts
+        return next_fun(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda p: fn(p, *args, **kwargs), params)
+    return seen

@@ -1,0 +1,185 @@
+"""Training: a step that differentiates the adapters alone, and the optax way for one tree that holds everything."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from peanut_jax.adapters import Adapters, factors, labels, saved, with_saved
+from peanut_jax.config import AdapterConfig
+from peanut_jax.intercept import with_pairs
+
+LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Any]
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes in training; the base parameters are not in it.
+
+    Attributes:
+        step: Optimizer steps taken.
+        adapters: From `init`.
+        opt_state: Of the adapters alone.
+        key: PRNG key; each step folds `step` into it, so a resumed run draws what an unbroken one draws.
+    """
+
+    step: Int[Array, ""]
+    adapters: Adapters
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+
+    @classmethod
+    def create(cls, adapters: Adapters, tx: optax.GradientTransformation, key: PRNGKeyArray) -> "TrainState":
+        """The state before the first step. The arrays are copied: the step donates its state's buffers."""
+        adapters = jax.tree.map(jnp.array, adapters)
+        return cls(step=jnp.zeros((), jnp.int32), adapters=adapters, opt_state=tx.init(adapters), key=jnp.array(key))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    config: AdapterConfig,
+    *,
+    accumulate_steps: int = 1,
+    max_grad_norm: float | None = None,
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """A jitted `step(state, params, batch) -> (state, metrics)` that updates the adapters and saved modules.
+
+    The tweaker runs once a step: its factors are computed before the microbatches, their cotangents are summed over the
+    microbatches, and one pullback at the end turns the sum into theta's gradient. `params` is read and never written.
+
+    Args:
+        loss_fn: `loss_fn(params, batch, key) -> loss` or `(loss, metrics)`, written for the plain model; `loss` a scalar
+            mean, `metrics` a dict of scalars. With a metric `"weight"` (say the tokens that count), microbatches are
+            averaged in proportion to it; without, equally.
+        tx: Any optax transformation. `partition` gives adapters and saved modules one each.
+        config: Of the adapters; `dropout` is applied.
+        accumulate_steps: Microbatches; the leading axis of every leaf of `batch` is divided into that many.
+        max_grad_norm: Clips the global norm of the gradient.
+
+    Returns:
+        The step. `state` is donated. metrics: `loss`, `grad_norm` (before clipping) and those of `loss_fn`, on device.
+
+    Raises:
+        ValueError: a bad argument; a batch that does not divide by `accumulate_steps`.
+
+    Example:
+        step = pj.make_train_step(loss_fn, optax.adamw(1e-3), config, max_grad_norm=1.0)
+        state, metrics = step(state, params, batch)
+    """
+    if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps must be an integer of at least 1, got {accumulate_steps!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
+
+    def step(state: TrainState, params: PyTree, batch: PyTree):
+        # What the model sees of the adapters: the pairs, and the saved modules. Paid once, pulled back once.
+        def visible(adapters):
+            return factors(adapters, params, config), saved(adapters)
+
+        seen, pullback = jax.vjp(visible, state.adapters)
+
+        def loss(seen, microbatch, key):
+            pairs, modules = seen
+            result = with_pairs(loss_fn, pairs, config.dropout)(with_saved(params, modules), microbatch, key)
+            value, metrics = result if isinstance(result, tuple) else (result, {})
+            return value, {"loss": value, **metrics}
+
+        key = jax.random.fold_in(state.key, state.step)
+        grads_of = jax.grad(loss, has_aux=True)
+        if accumulate_steps == 1:
+            grads, metrics = grads_of(seen, batch, key)
+        else:
+            grads, metrics = _accumulate(grads_of, seen, _split(batch, accumulate_steps), key, accumulate_steps)
+        (grads,) = pullback(grads)
+        norm = optax.tree.norm(grads)
+        if max_grad_norm is not None:
+            factor = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
+        new = state.replace(step=state.step + 1, adapters=adapters, opt_state=opt_state)
+        return new, {**metrics, "grad_norm": norm}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRNGKeyArray, n: int):
+    """The mean of gradients and metrics over microbatches, by weight, in one `lax.scan`."""
+
+    def weighted(microbatch, key):
+        grads, metrics = grads_of(seen, microbatch, key)
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        rest = {name: value for name, value in metrics.items() if name != "weight"}
+        return weight, jax.tree.map(lambda v: weight * v.astype(jnp.float32), (grads, rest))
+
+    def body(total, xs):
+        return jax.tree.map(jnp.add, total, weighted(*xs)), None
+
+    keys = jax.random.split(key, n)
+    first = jax.eval_shape(lambda xs: weighted(*jax.tree.map(lambda x: x[0], xs)), (microbatches, keys))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+    (weight, sums), _ = jax.lax.scan(body, zeros, (microbatches, keys))
+    grads, metrics = jax.tree.map(lambda s: s / weight, sums)
+    grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, seen)
+    return grads, metrics
+
+
+def _split(batch: PyTree, n: int) -> PyTree:
+    """[B, ...] -> [n, B / n, ...]. Strided, so that a batch axis sharded over devices stays sharded."""
+
+    def split(leaf):
+        if leaf.shape[0] % n:
+            raise ValueError(f"a batch of {leaf.shape[0]} does not divide into accumulate_steps={n} microbatches")
+        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // n, n, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def partition(
+    *, adapters: optax.GradientTransformation, saved: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """One optimizer for the adapters and another for the saved modules, as with a learning rate for the head.
+
+    Example:
+        tx = pj.partition(adapters=optax.adamw(5e-3), saved=optax.adamw(1e-3))
+    """
+    return optax.partition({"adapter": adapters, "saved": saved}, labels)
+
+
+def trainable_mask(tree: PyTree) -> PyTree:
+    """For a tree `{"params": params, "adapters": adapters}`: the same tree, True under "adapters", False elsewhere.
+
+    Raises:
+        ValueError: if the tree has no "adapters".
+    """
+    if "adapters" not in tree:
+        raise ValueError(f"the tree must hold its adapters under 'adapters', got the keys {sorted(tree)}")
+    return {name: jax.tree.map(lambda _, on=(name == "adapters"): on, subtree) for name, subtree in tree.items()}
+
+
+def freeze(
+    tx: optax.GradientTransformation, mask: Callable[[PyTree], PyTree] = trainable_mask
+) -> optax.GradientTransformation:
+    """`tx` for the leaves that `mask` marks; the others get a zero update and no optimizer state.
+
+    For those who keep one tree. `make_train_step` is the faster road: it never asks for a gradient of the base.
+
+    Args:
+        tx: Any optax transformation.
+        mask: tree -> tree of bools, True where `tx` applies.
+
+    Example:
+        tree = {"params": params, "adapters": adapters}
+        tx = pj.freeze(optax.adamw(1e-3))
+        opt_state = tx.init(tree)
+    """
+
+    def names(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda on: "train" if on else "freeze", mask(tree))
+
+    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, names)
