@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,7 @@ from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio
+from peanut_jax.config import Config
 from peanut_jax.kernels import flatten, replace
 from peanut_jax.tweaker import delta
 
@@ -70,12 +72,14 @@ def merged(fn: Callable, pairs: dict) -> Callable:
 
     def call(params, *args):
         flat = flatten(params)
-        return fn(replace(params, {p: flat[p] + delta(*pair).astype(flat[p].dtype) for p, pair in pairs.items()}), *args)
+        return fn(
+            replace(params, {p: flat[p] + delta(*pair).astype(flat[p].dtype) for p, pair in pairs.items()}), *args
+        )
 
     return call
 
 
-def make_step(method: str, loss_fn: Callable, config: pj.PeanutConfig | pj.LoraConfig, tx, accumulate: int) -> Callable:
+def make_step(method: str, loss_fn: Callable, config: Config, tx, accumulate: int) -> Any:
     """A jitted step; the two that form dW are written here, for the library has no such road."""
     if method in ("lora", "peanut"):
         return pj.make_train_step(loss_fn, tx, config, accumulate_steps=accumulate)
@@ -142,6 +146,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each; 0 to only compile")
     args = parser.parse_args()
 
+    sides = {args.width, args.width * 11 // 4}
+    if args.tokens // args.accumulate in sides:
+        parser.error(
+            "a microbatch of as many tokens as a kernel has rows hides the tweaker's products: change --tokens"
+        )
     model, params = build_model(args)
     tokens = jax.random.randint(jax.random.key(1), (args.tokens // args.seq, args.seq), 0, args.vocab)
 
@@ -149,12 +158,12 @@ def main() -> None:
         logits = model(batch, params=params, train=True, dropout_rng=key).logits[:, :-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[:, 1:]).mean()
 
+    lora = pj.LoraConfig(r=args.rank, target_modules=TARGETS)
     peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
-    configs = {"lora": pj.LoraConfig(r=args.rank, target_modules=TARGETS), args.method: peanut}
-    if args.method == "lora":
-        configs = {"lora": configs["lora"] if args.method != "lora" else pj.LoraConfig(r=args.rank, target_modules=TARGETS)}
+    configs: dict[str, Config] = {"lora": lora} if args.method == "lora" else {"lora": lora, args.method: peanut}
     tx = optax.adamw(1e-3)
-    records, steps = {}, {}
+    records: dict[str, dict] = {}
+    steps = {}
     for method, config in configs.items():
         state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
         step = make_step(method, loss_fn, config, tx, args.accumulate).lower(state, params, tokens).compile()
@@ -166,19 +175,26 @@ def main() -> None:
 
         steps[method] = run
         records[method] = {
-            "method": method, "tokens": args.tokens, "rank": args.rank, "depth": args.depth if method != "lora" else None,
-            "accumulate": args.accumulate, "dtype": args.dtype, "trainable": pj.count(state.adapters),
-            "flops": step.cost_analysis()["flops"], "temp_bytes": step.memory_analysis().temp_size_in_bytes,
-            "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, {args.width, args.width * 11 // 4}),
-        }  # fmt: skip
+            "method": method,
+            "tokens": args.tokens,
+            "rank": args.rank,
+            "depth": None if method == "lora" else args.depth,
+            "orientation": None if method == "lora" else args.orientation,
+            "accumulate": args.accumulate,
+            "dtype": args.dtype,
+            "trainable": pj.count(state.adapters),
+            "flops": step.cost_analysis()["flops"],
+            "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+            "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, sides),
+        }
     seconds = alternate(steps, args.repeats) if args.repeats else {}
     for method, record in records.items():
-        lora = records["lora"]
+        reference = records["lora"]
         if seconds:
             record["median_seconds"] = float(np.median(seconds[method]))
             record["seconds_over_lora"] = median_ratio(seconds[method], seconds["lora"])
-        record["flops_over_lora"] = record["flops"] / lora["flops"]
-        record["temp_bytes_over_lora"] = record["temp_bytes"] / lora["temp_bytes"]
+        record["flops_over_lora"] = record["flops"] / reference["flops"]
+        record["temp_bytes_over_lora"] = record["temp_bytes"] / reference["temp_bytes"]
         print(json.dumps(record), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The nonlinearities of the tweaker, under the names of HF transformers' `ACT2FN`, which mean the same function here."""
+"""The nonlinearities of the tweaker; a name shared with HF transformers' `ACT2FN` means the same function."""
 
 from collections.abc import Callable
 from functools import partial

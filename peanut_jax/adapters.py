@@ -1,23 +1,25 @@
 """The adapter pytree: one flat dict, kernel path -> theta, and path -> array for the leaves of saved modules."""
 
+import math
 import zlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from peanut_jax import tweaker
 from peanut_jax.activations import ACTIVATIONS
-from peanut_jax.config import AdapterConfig, LoraConfig, PeanutConfig
-from peanut_jax.kernels import Axes, flatten, replace
+from peanut_jax.config import Config, LoraConfig, PeanutConfig
+from peanut_jax.kernels import Axes, Leaf, flatten, replace
 from peanut_jax.targets import Target, saved_paths, select
 
 Adapters = dict[str, tweaker.Theta | Array]
 FactorTree = dict[str, tweaker.Factors]
 
 
-def init(key: PRNGKeyArray, params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Adapters:
+def init(key: PRNGKeyArray, params: PyTree, config: Config, axes: Axes | None = None) -> Adapters:
     """A fresh adapter for `params`; with `init_weights=True` an exact no-op.
 
     Each kernel's key is folded from its path, so that adding a target changes no other draw.
@@ -51,7 +53,7 @@ def init(key: PRNGKeyArray, params: PyTree, config: AdapterConfig, axes: Axes | 
     return adapters
 
 
-def factors(adapters: Adapters, params: PyTree, config: AdapterConfig) -> FactorTree:
+def factors(adapters: Adapters, params: PyTree, config: Config) -> FactorTree:
     """The low-rank update of every adapted kernel: path -> (left [*stack, d_in, r], right [*stack, r, d_out]).
 
     dW = left @ right, with `scaling` folded in. A pure function, cheap beside a forward pass, and the only one that
@@ -62,23 +64,22 @@ def factors(adapters: Adapters, params: PyTree, config: AdapterConfig) -> Factor
     """
     flat = flatten(params)
     targets = check(adapters, params, config)
+    return {path: _pair(adapters[path], flat[path], target, config) for path, target in targets.items()}
+
+
+def _pair(theta: tweaker.Theta | Array, stored: Leaf, target: Target, config: Config) -> tweaker.Factors:
+    assert isinstance(theta, dict)  # check() has been here
     act = ACTIVATIONS[config.act_fn]
-
-    def pair(path: str, target: Target) -> tweaker.Factors:
-        theta = adapters[path]
-        if isinstance(config, LoraConfig):
-            left, right = tweaker.lora_factors(theta, act=act, scaling=config.scaling)
-        else:
-            kernel = target.kernel.matrix(flat[path])
-            kernel = kernel if target.rows is None else kernel[jnp.array(target.rows)]
-            left, right = tweaker.factors(
-                kernel, theta, act=act, scaling=config.scaling, orientation=config.orientation
-            )
-        if target.rows is None:
-            return left, right
-        return tuple(_scatter(side, target.rows, target.kernel.stack[0]) for side in (left, right))
-
-    return {path: pair(path, target) for path, target in targets.items()}
+    if isinstance(config, LoraConfig):
+        left, right = tweaker.lora_factors(theta, act=act, scaling=config.scaling)
+    else:
+        kernel = target.kernel.matrix(stored)
+        kernel = kernel if target.rows is None else kernel[jnp.array(target.rows)]
+        left, right = tweaker.factors(kernel, theta, act=act, scaling=config.scaling, orientation=config.orientation)
+    if target.rows is None:
+        return left, right
+    layers = target.kernel.stack[0]
+    return _scatter(left, target.rows, layers), _scatter(right, target.rows, layers)
 
 
 def combine(*trees: FactorTree) -> FactorTree:
@@ -92,7 +93,7 @@ def combine(*trees: FactorTree) -> FactorTree:
     }
 
 
-def merge(params: PyTree, adapters: Adapters, config: AdapterConfig) -> PyTree:
+def merge(params: PyTree, adapters: Adapters, config: Config) -> PyTree:
     """W0 + dW in a new tree of the same kind, with the saved modules in place; `params` stays as it is.
 
     Summed in float32 at full matmul precision, then rounded once to the kernel's dtype. There is no way back by
@@ -102,13 +103,13 @@ def merge(params: PyTree, adapters: Adapters, config: AdapterConfig) -> PyTree:
         ValueError: an adapter that does not belong here; "NaNs detected in the merged weights", naming the kernels.
     """
     flat = flatten(params)
-    with jax.default_matmul_precision("highest"):
-        pairs = factors(adapters, params, config)
-    kernels = {path: target.kernel for path, target in check(adapters, params, config).items()}
+    targets = check(adapters, params, config)
     merged = {}
-    for path, (left, right) in pairs.items():
-        update = kernels[path].stored(tweaker.delta(left, right))
-        merged[path] = (flat[path].astype(jnp.float32) + update).astype(flat[path].dtype)
+    with jax.default_matmul_precision("highest"):
+        for path, target in targets.items():
+            update = tweaker.delta(*_pair(adapters[path], flat[path], target, config))
+            total = flat[path].astype(jnp.float32) + target.kernel.stored(update)
+            merged[path] = total.astype(flat[path].dtype)
     _check_finite(merged, "NaNs detected in the merged weights; the adapter or the base is broken at {paths}")
     return replace(params, {**merged, **saved(adapters)})
 
@@ -126,10 +127,11 @@ def saved(adapters: Adapters) -> dict[str, Array]:
 
 def labels(adapters: Adapters) -> PyTree:
     """The same tree with "adapter" or "saved" for each leaf, for `optax.partition`."""
-    return {
-        path: jax.tree.map(lambda _, label=("adapter" if isinstance(value, Mapping) else "saved"): label, value)
-        for path, value in adapters.items()
-    }
+
+    def label(value: tweaker.Theta | Array) -> PyTree:
+        return dict.fromkeys(value, "adapter") if isinstance(value, Mapping) else "saved"
+
+    return {path: label(value) for path, value in adapters.items()}
 
 
 def count(adapters: Adapters) -> int:
@@ -137,7 +139,7 @@ def count(adapters: Adapters) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
-def check(adapters: Adapters, params: PyTree, config: AdapterConfig) -> dict[str, Target]:
+def check(adapters: Adapters, params: PyTree, config: Config) -> dict[str, Target]:
     """The targets of `adapters`, once its paths and shapes are what `config` asks of `params`.
 
     Raises:
@@ -172,14 +174,14 @@ def check(adapters: Adapters, params: PyTree, config: AdapterConfig) -> dict[str
     return targets
 
 
-def _shapes(target: Target, config: AdapterConfig) -> tweaker.Shapes:
+def _shapes(target: Target, config: Config) -> tweaker.Shapes:
     kernel = target.kernel
     if isinstance(config, LoraConfig):
         return tweaker.lora_shapes(kernel.d_in, kernel.d_out, config.r)
     return tweaker.shapes(kernel.d_in, kernel.d_out, config.r, config.depth, config.orientation)
 
 
-def _axes_of(adapters: Adapters, flat: Mapping[str, Array], config: AdapterConfig) -> Axes:
+def _axes_of(adapters: Adapters, flat: Mapping[str, Leaf], config: Config) -> Axes:
     """How theta, made once by `init`, divides the axes of each kernel that has more than two."""
     axes = {}
     for path, theta in adapters.items():
@@ -191,30 +193,26 @@ def _axes_of(adapters: Adapters, flat: Mapping[str, Array], config: AdapterConfi
         for n_out in range(1, len(shape) - n_stack):
             outs, ins = shape[len(shape) - n_out :], shape[n_stack : len(shape) - n_out]
             side = ins if reads_output else outs
-            if _product(side) == d_out:
+            if math.prod(side) == d_out:
                 axes[path] = (len(ins), n_out)
                 break
     return axes
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _scatter(side: Array, rows: tuple[int, ...], layers: int) -> Array:
     return jnp.zeros((layers, *side.shape[1:]), side.dtype).at[jnp.array(rows)].set(side)
 
 
-def _check_finite(arrays: Mapping[str, Array], message: str) -> None:
+def _check_finite(arrays: Mapping[str, Leaf], message: str) -> None:
     """Raises for concrete arrays that are not finite; tracers and abstract shapes have no values to check."""
-    concrete = {path: a for path, a in arrays.items() if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)}
+    known = (jax.Array, np.ndarray)
+    concrete = {p: a for p, a in arrays.items() if isinstance(a, known) and not isinstance(a, jax.core.Tracer)}
     finite = jax.device_get({path: jnp.isfinite(a).all() for path, a in concrete.items()})
     bad = [path for path, ok in finite.items() if not ok]
     if bad:
-        raise ValueError(message.format(paths=", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")))
+        raise ValueError(
+            message.format(paths=", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))
+        )
 
 
 def _name(leaf: tuple[str, str]) -> str:

@@ -157,6 +157,9 @@ class LoraConfig(AdapterConfig):
         _check_activation(self.act_fn)
 
 
+Config = PeanutConfig | LoraConfig
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -6,7 +6,7 @@ save it as they do the kernel, and a dense module finds its own pair whatever ca
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from peanut_jax.adapters import Adapters, FactorTree, factors, with_saved
-from peanut_jax.config import AdapterConfig
-from peanut_jax.kernels import COLLECTION, find, flatten, replace
+from peanut_jax.config import Config
+from peanut_jax.kernels import COLLECTION, named_conv1d, replace
 
 LEFT, RIGHT = "peanut_left", "peanut_right"
 DROPOUT_RNG = "dropout"
@@ -24,7 +24,7 @@ DROPOUT_RNG = "dropout"
 
 def bind(params: PyTree, pairs: FactorTree) -> PyTree:
     """`params` with every pair beside its kernel, as the leaves `peanut_left` and `peanut_right`."""
-    leaves = {}
+    leaves: dict[str, Array] = {}
     for path, (left, right) in pairs.items():
         module = path.removesuffix("kernel")
         leaves |= {module + LEFT: left, module + RIGHT: right}
@@ -83,7 +83,7 @@ def intercept(pairs: FactorTree, dropout: float = 0.0) -> Iterator[None]:
         )
 
 
-def adapt(fn: Callable, config: AdapterConfig, *, train: bool = False) -> Callable:
+def adapt(fn: Callable, config: Config, *, train: bool = False) -> Callable:
     """`fn(params, *args, **kwargs)` becomes `forward(adapters, params, *args, **kwargs)` of the adapted model.
 
     Pure: jit, grad, vmap, pmap and remat compose with it. Differentiate the first argument.
@@ -117,9 +117,9 @@ def with_pairs(fn: Callable, pairs: FactorTree, dropout: float = 0.0) -> Callabl
 
 
 def low_rank(
-    module: nn.Module, x: Float[Array, "*batch d_in"], pair: tuple[Array, Array], path: str
-) -> Float[Array, "*batch d_out"]:
-    """(x @ left) @ right, contracted over the axes that the module contracts, in x's dtype.
+    module: nn.Module, x: Float[Array, "*x"], pair: tuple[Array, Array], path: str
+) -> Float[Array, "*y"]:
+    """(x @ left) @ right, contracted over the axes of x that the module contracts, in x's dtype.
 
     Raises:
         ValueError: a pair whose shapes are not the module's.
@@ -134,8 +134,8 @@ def low_rank(
     if (left.shape, right.shape) != expected:
         raise ValueError(
             f"kernel {path!r}: the factors are {left.shape} and {right.shape}, but the module contracts {ins} into "
-            f"{features}, so {expected[0]} and {expected[1]} were expected. Inside nn.scan use adapt(), which binds the "
-            "factors; for DenseGeneral without a bias pass axes=kernel_axes(...) to init"
+            f"{features}, so {expected[0]} and {expected[1]} were expected. Inside nn.scan use adapt(), which binds "
+            "the factors; for DenseGeneral without a bias pass axes=kernel_axes(...) to init"
         )
     n = len(stack)
     left = left.astype(x.dtype).reshape(*stack, *ins, r)
@@ -150,13 +150,15 @@ def _dense_axes(module: nn.Module, x: Array, path: str) -> tuple[tuple[int, ...]
     """(contracted axes of x, batch axes of x, output features) of a dense module, all non-negative."""
     if isinstance(module, nn.DenseGeneral):
         axis, batch_dims, features = (
-            tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in (module.axis, module.batch_dims, module.features)
+            tuple(v) if isinstance(v, (tuple, list)) else (v,)
+            for v in (module.axis, module.batch_dims, module.features)
         )
         return tuple(i % x.ndim for i in axis), tuple(i % x.ndim for i in batch_dims), features
-    if isinstance(module, nn.Dense) or type(module).__name__ == "FlaxConv1D":
+    if isinstance(module, nn.Dense) or (type(module).__name__ == "FlaxConv1D" and named_conv1d(path)):
         return (x.ndim - 1,), (), (module.features,)
     raise NotImplementedError(
-        f"kernel {path!r} belongs to a {type(module).__name__}; PEANuT adapts nn.Dense, nn.DenseGeneral and FlaxConv1D"
+        f"kernel {path!r} belongs to a {type(module).__name__}; PEANuT adapts nn.Dense, nn.DenseGeneral and "
+        "GPT-2's FlaxConv1D (named c_attn, q_attn, c_proj, c_fc)"
     )
 
 

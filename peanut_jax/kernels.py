@@ -8,7 +8,8 @@ layout and the one of the mathematics.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -18,6 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 COLLECTION = "params"
+# A leaf of a parameter tree: a jax or numpy array, or a jax.ShapeDtypeStruct where only shapes are asked for.
+Leaf = Any
 Axes = Mapping[str, tuple[int, int]]
 
 
@@ -51,7 +54,7 @@ class Kernel:
     def d_out(self) -> int:
         return math.prod(self.outs)
 
-    def matrix(self, stored: Array) -> Array:
+    def matrix(self, stored: Leaf) -> Array:
         """The stored kernel as [*stack, d_in, d_out]."""
         stored = jnp.swapaxes(stored, -1, -2) if self.transposed else stored
         return stored.reshape(*self.stack, self.d_in, self.d_out)
@@ -67,7 +70,7 @@ def module_of(path: str) -> str:
     return path.rpartition("/")[0].replace("/", ".")
 
 
-def flatten(params: PyTree) -> dict[str, Array]:
+def flatten(params: PyTree) -> dict[str, Leaf]:
     """Slash-separated path -> leaf of the 'params' collection.
 
     Args:
@@ -83,7 +86,9 @@ def flatten(params: PyTree) -> dict[str, Array]:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             boxed = isinstance(leaf, nn.meta.AxisMetadata)
             hint = "; call flax.linen.meta.unbox(params) first" if boxed else ""
-            raise ValueError(f"params must be a nested mapping of arrays, but {path!r} is a {type(leaf).__name__}{hint}")
+            raise ValueError(
+                f"params must be a nested mapping of arrays, but {path!r} is a {type(leaf).__name__}{hint}"
+            )
     if not flat:
         raise ValueError("params is empty: pass the model's parameters")
     return flat
@@ -100,7 +105,7 @@ def replace(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
     return {**params, COLLECTION: inner}
 
 
-def find(flat: Mapping[str, Array], axes: Axes | None = None) -> dict[str, Kernel]:
+def find(flat: Mapping[str, Leaf], axes: Axes | None = None) -> dict[str, Kernel]:
     """Every dense kernel of a flat tree, by path, in the tree's order.
 
     A leaf named `kernel` with two axes is one. With more axes a kernel is a layer stack, a DenseGeneral or a
@@ -128,11 +133,13 @@ def find(flat: Mapping[str, Array], axes: Axes | None = None) -> dict[str, Kerne
         transposed = _block(path) in conv1d and split == (1, 1)
         if transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        found[path] = Kernel(path, shape[:n_stack], shape[n_stack : n_stack + n_in], shape[n_stack + n_in :], transposed)
+        found[path] = Kernel(
+            path, shape[:n_stack], shape[n_stack : n_stack + n_in], shape[n_stack + n_in :], transposed
+        )
     return found
 
 
-def _axes_from_shapes(path: str, kernel: Array, bias: Array | None) -> tuple[int, int] | None:
+def _axes_from_shapes(path: str, kernel: Leaf, bias: Leaf | None) -> tuple[int, int] | None:
     if kernel.ndim == 2:
         return 1, 1
     if re.search(r"conv", module_of(path).rpartition(".")[2], re.IGNORECASE) or kernel.ndim > 4:
@@ -149,17 +156,28 @@ def _axes_from_shapes(path: str, kernel: Array, bias: Array | None) -> tuple[int
 
 
 # Only HF's GPT-2 uses FlaxConv1D (transformers 4.57, models/gpt2/modeling_flax_gpt2.py), which stores [d_out, d_in].
-# A square kernel does not show it, so it is read off the names of the block.
-_CONV1D_KERNEL = re.compile(r"(?P<block>(?:.*/)?)(?:attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel")
+# A square kernel does not show it, so it is read off the block: its names, and c_attn [3 d, d] taller than wide (a
+# GPT-2 written with nn.Dense has [d, 3 d]).
+_CONV1D = re.compile(r"(?P<block>(?:.*/)?)(?:attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel")
+
+
+def named_conv1d(path: str) -> bool:
+    """Whether the path is one that `find` would take for a FlaxConv1D."""
+    return _CONV1D.fullmatch(path) is not None
 
 
 def _block(path: str) -> str | None:
-    match = _CONV1D_KERNEL.fullmatch(path)
+    match = _CONV1D.fullmatch(path)
     return match["block"] if match else None
 
 
-def _conv1d_blocks(flat: Mapping[str, Array]) -> set[str]:
-    return {block for path in flat if path.endswith("attn/c_attn/kernel") and (block := _block(path)) is not None}
+def _conv1d_blocks(flat: Mapping[str, Leaf]) -> set[str]:
+    return {
+        block
+        for path, leaf in flat.items()
+        if path.endswith("attn/c_attn/kernel") and leaf.ndim >= 2 and leaf.shape[-2] > leaf.shape[-1]
+        if (block := _block(path)) is not None
+    }
 
 
 def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tuple[int, int]]:
@@ -176,13 +194,15 @@ def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tupl
     def record(next_fun, call_args, call_kwargs, context):
         module = context.module
         if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.DenseGeneral)):
-            if isinstance(module, nn.DenseGeneral):
-                counts = tuple(len(v) if isinstance(v, (tuple, list)) else 1 for v in (module.axis, module.features))
-            else:
-                counts = (1, 1)
+            general = isinstance(module, nn.DenseGeneral)
+            counts = (_length(module.axis), _length(module.features)) if general else (1, 1)
             seen["/".join((*module.path, "kernel"))] = counts
         return next_fun(*call_args, **call_kwargs)
 
     with nn.intercept_methods(record):
         jax.eval_shape(lambda p: fn(p, *args, **kwargs), params)
     return seen
+
+
+def _length(value: int | Sequence[int]) -> int:
+    return len(value) if isinstance(value, Sequence) else 1

@@ -9,14 +9,16 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxtyping import Array, PyTree
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from peanut_jax.config import ALL_LINEAR, TASK_HEADS, AdapterConfig
-from peanut_jax.kernels import Axes, Kernel, find, flatten, module_of
+from peanut_jax.kernels import Axes, Kernel, Leaf, find, flatten, module_of
 
-# Architectures (HF's model_type) -> the modules that `target_modules=None` adapts. An architecture is told by its module
-# names: the first row of which every name is in the tree. Source: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING of
-# peft 0.21.2, which its PEANuT uses too; ViT and its kin are ours, the paper's choice (table 8).
+# Architectures (HF's model_type) -> the modules that `target_modules=None` adapts. An architecture is told by its
+# module names: the first row of which every name is in the tree. Source: peft 0.21.2, `peft/utils/constants.py`
+# TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, which its PEANuT uses too; ViT and its kin are ours, the paper's
+# choice (table 8).
 DEFAULTS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("gpt2",): ("c_attn",),
     ("bloom", "gpt_neox", "falcon"): ("query_key_value",),
@@ -85,25 +87,29 @@ def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> d
     saved = saved_modules(flat, config)
     chosen = [module for module in chosen if not any(_within(module, name) for name in saved)]
     if config.exclude_modules is not None:
-        excluded = set(_matching("exclude_modules", config.exclude_modules, chosen, chosen))
+        excluded = set(_matching("exclude_modules", config.exclude_modules, chosen))
         chosen = [module for module in chosen if module not in excluded]
     if not chosen:
         raise ValueError(
             f"target_modules={names!r} leaves no kernel once exclude_modules={config.exclude_modules!r} and "
             f"modules_to_save={list(saved)!r} are taken out"
         )
+    for module in chosen:
+        dtype = flat[kernels[module].path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise NotImplementedError(f"target {module!r} has dtype {dtype}; PEANuT adapts floating-point kernels")
     targets = _layers([kernels[module] for module in chosen], config)
     return {target.kernel.path: target for target in targets}
 
 
-def saved_modules(flat: Mapping[str, Array], config: AdapterConfig) -> tuple[str, ...]:
+def saved_modules(flat: Mapping[str, Leaf], config: AdapterConfig) -> tuple[str, ...]:
     """The dotted paths of the modules that are trained in full: `modules_to_save` and the head of `task_type`.
 
     Raises:
         ValueError: a name that is no module, or a task whose head is not in the tree.
     """
     modules = _modules(flat)
-    named = _matching("modules_to_save", config.modules_to_save, modules, modules) if config.modules_to_save else []
+    named = _matching("modules_to_save", config.modules_to_save, modules) if config.modules_to_save else []
     heads = TASK_HEADS.get(config.task_type or "", ())
     own = [module for module in modules if module in heads]
     if heads and not own:
@@ -114,7 +120,7 @@ def saved_modules(flat: Mapping[str, Array], config: AdapterConfig) -> tuple[str
     return tuple(dict.fromkeys([*named, *own]))
 
 
-def saved_paths(flat: Mapping[str, Array], config: AdapterConfig) -> tuple[str, ...]:
+def saved_paths(flat: Mapping[str, Leaf], config: AdapterConfig) -> tuple[str, ...]:
     """The leaves of the saved modules."""
     saved = saved_modules(flat, config)
     return tuple(path for path in flat if any(_within(module_of(path), name) for name in saved))
@@ -137,7 +143,7 @@ def default_targets(modules: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _modules(flat: Mapping[str, Array]) -> list[str]:
+def _modules(flat: Mapping[str, Leaf]) -> list[str]:
     """Every module path, containers included."""
     modules: dict[str, None] = {}
     for path in flat:
@@ -146,23 +152,23 @@ def _modules(flat: Mapping[str, Array]) -> list[str]:
     return list(modules)
 
 
-def _matching(field: str, names: str | Sequence[str], modules: Sequence[str], candidates: Iterable[str]) -> list[str]:
-    """The modules that `names` selects, each entry of a list at least one."""
+def _matching(
+    field: str, names: str | Sequence[str], modules: Sequence[str], kernels: Iterable[str] | None = None
+) -> list[str]:
+    """The modules that `names` selects, each entry of a list at least one. `kernels` narrows what an error suggests."""
     if isinstance(names, str):
         found = [module for module in modules if re.fullmatch(names, module)]
         if not found:
-            raise ValueError(f"{field}={names!r} (a regular expression) matched none of {len(list(candidates))} modules")
+            raise ValueError(f"{field}={names!r} (a regular expression) matched none of {len(modules)} modules")
         return found
-    hits = {name: [module for module in modules if _named(module, name)] for name in names}
-    for name, found in hits.items():
+    chosen = set()
+    for name in names:
+        found = [module for module in modules if module == name or module.endswith(f".{name}")]
         if not found:
-            raise ValueError(f"{field} entry {name!r} matched none of {_closest(name, list(candidates))}")
-    chosen = {module for found in hits.values() for module in found}
+            known, noun = (modules, "modules") if kernels is None else (list(kernels), "kernels")
+            raise ValueError(f"{field} entry {name!r} matched none of {len(known)} {noun}{_closest(name, known)}")
+        chosen.update(found)
     return [module for module in modules if module in chosen]
-
-
-def _named(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
 
 
 def _within(module: str, container: str) -> bool:
@@ -170,14 +176,14 @@ def _within(module: str, container: str) -> bool:
 
 
 def _closest(name: str, candidates: Sequence[str]) -> str:
-    """`N modules; closest: ...`, compared with as many trailing parts as the name itself has."""
+    """`; closest: ...`, compared with as many trailing parts as the name itself has."""
     depth = name.count(".") + 1
     tails = {".".join(module.split(".")[-depth:]): module for module in reversed(candidates)}
     best = difflib.get_close_matches(name, tails, n=1, cutoff=0.0)
-    return f"{len(candidates)} modules" + (f"; closest: {tails[best[0]]!r}" if best else "")
+    return f"; closest: {tails[best[0]]!r}" if best else ""
 
 
-def _kind(module: str, flat: Mapping[str, Array]) -> str:
+def _kind(module: str, flat: Mapping[str, Leaf]) -> str:
     prefix = module.replace(".", "/") + "/"
     for leaf, kind in _KINDS.items():
         if prefix + leaf in flat:

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import Adapters, factors, labels, saved, with_saved
-from peanut_jax.config import AdapterConfig
+from peanut_jax.config import Config
 from peanut_jax.intercept import with_pairs
 
 LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Any]
@@ -42,7 +42,7 @@ class TrainState:
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    config: AdapterConfig,
+    config: Config,
     *,
     accumulate_steps: int = 1,
     max_grad_norm: float | None = None,
@@ -53,9 +53,9 @@ def make_train_step(
     microbatches, and one pullback at the end turns the sum into theta's gradient. `params` is read and never written.
 
     Args:
-        loss_fn: `loss_fn(params, batch, key) -> loss` or `(loss, metrics)`, written for the plain model; `loss` a scalar
-            mean, `metrics` a dict of scalars. With a metric `"weight"` (say the tokens that count), microbatches are
-            averaged in proportion to it; without, equally.
+        loss_fn: `loss_fn(params, batch, key) -> loss` or `(loss, metrics)`, written for the plain model; `loss` a
+            scalar mean, `metrics` a dict of scalars. With a metric `"weight"` (say the tokens that count), microbatches
+            are averaged in proportion to it; without, equally.
         tx: Any optax transformation. `partition` gives adapters and saved modules one each.
         config: Of the adapters; `dropout` is applied.
         accumulate_steps: Microbatches; the leading axis of every leaf of `batch` is divided into that many.
@@ -87,12 +87,13 @@ def make_train_step(
             pairs, modules = seen
             result = with_pairs(loss_fn, pairs, config.dropout)(with_saved(params, modules), microbatch, key)
             value, metrics = result if isinstance(result, tuple) else (result, {})
-            return value, {"loss": value, **metrics}
+            return value, {"loss": value, "weight": 1.0, **metrics}
 
         key = jax.random.fold_in(state.key, state.step)
         grads_of = jax.grad(loss, has_aux=True)
         if accumulate_steps == 1:
             grads, metrics = grads_of(seen, batch, key)
+            del metrics["weight"]
         else:
             grads, metrics = _accumulate(grads_of, seen, _split(batch, accumulate_steps), key, accumulate_steps)
         (grads,) = pullback(grads)
@@ -102,7 +103,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        new = state.replace(step=state.step + 1, adapters=adapters, opt_state=opt_state)
+        new = TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state, key=state.key)
         return new, {**metrics, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
@@ -113,9 +114,8 @@ def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRN
 
     def weighted(microbatch, key):
         grads, metrics = grads_of(seen, microbatch, key)
-        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
-        rest = {name: value for name, value in metrics.items() if name != "weight"}
-        return weight, jax.tree.map(lambda v: weight * v.astype(jnp.float32), (grads, rest))
+        weight = jnp.asarray(metrics.pop("weight"), jnp.float32)
+        return weight, jax.tree.map(lambda v: weight * v.astype(jnp.float32), (grads, metrics))
 
     def body(total, xs):
         return jax.tree.map(jnp.add, total, weighted(*xs)), None

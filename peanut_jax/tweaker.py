@@ -43,9 +43,7 @@ def lora_shapes(d_in: int, d_out: int, r: int) -> Shapes:
     return {"a": (d_in, r), "b": (r, d_out)}
 
 
-def init(
-    key: PRNGKeyArray, shapes: Shapes, stack: tuple[int, ...] = (), zero_b: bool = True
-) -> Theta:
+def init(key: PRNGKeyArray, shapes: Shapes, stack: tuple[int, ...] = (), zero_b: bool = True) -> Theta:
     """Draws theta: every matrix uniform in +-1/sqrt(fan_in), B zero so that the update starts at exactly 0.
 
     Args:
@@ -143,7 +141,7 @@ def factors(
     theta: PyTree[Float[Array, "..."]],
     *,
     act: Callable[[Array], Array],
-    scaling: float,
+    scaling: float | Float[Array, ""],
     orientation: str,
 ) -> tuple[Float[Array, "*layers d_in r"], Float[Array, "*layers r d_out"]]:
     """(left, right) with dW = left @ right; `scaling` is folded into the side that holds B.
@@ -160,7 +158,7 @@ def factors(
 
 
 def lora_factors(
-    theta: PyTree[Float[Array, "..."]], *, act: Callable[[Array], Array], scaling: float
+    theta: PyTree[Float[Array, "..."]], *, act: Callable[[Array], Array], scaling: float | Float[Array, ""]
 ) -> tuple[Float[Array, "*layers d_in r"], Float[Array, "*layers r d_out"]]:
     """(left, right) of LoRA: act(A) and scaling * B, blind to W0. The identity as `act` is LoRA itself."""
     return act(theta["a"]), scaling * theta["b"]

@@ -1,0 +1,43 @@
+"""Eight host devices, shapes checked on every call, and no network."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from jaxtyping import install_import_hook
+
+# The modules whose functions take arrays. The config is not among them: its own checks have to meet the bad value.
+CHECKED = [f"peanut_jax.{name}" for name in ("activations", "tweaker", "kernels", "adapters", "intercept", "training")]
+with install_import_hook(CHECKED, "beartype.beartype"):
+    import peanut_jax  # noqa: F401
+
+# ruff: noqa: E402
+import jax
+import pytest
+from hypothesis import settings
+from transformers import BertConfig, FlaxBertForSequenceClassification
+
+settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def bert():
+    """A tiny BERT classifier: `bert.params` are its float32 parameters."""
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=12,
+        num_labels=3,
+    )
+    return FlaxBertForSequenceClassification(config, seed=0, input_shape=(1, 4))
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return jax.random.randint(jax.random.key(7), (4, 10), 0, 50)
