@@ -116,9 +116,7 @@ def with_pairs(fn: Callable, pairs: FactorTree, dropout: float = 0.0) -> Callabl
     return call
 
 
-def low_rank(
-    module: nn.Module, x: Float[Array, "*x"], pair: tuple[Array, Array], path: str
-) -> Float[Array, "*y"]:
+def low_rank(module: nn.Module, x: Float[Array, "*x"], pair: tuple[Array, Array], path: str) -> Float[Array, "*y"]:
     """(x @ left) @ right, contracted over the axes of x that the module contracts, in x's dtype.
 
     Raises:

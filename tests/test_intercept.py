@@ -140,7 +140,7 @@ def test_a_conv1d_outside_gpt2_is_refused():
         pj.adapt(Outer().apply, config)(adapters, variables, X)
 
 
-DROPPED = pj.PeanutConfig(r=2, target_modules=["first"], init_weights=False, dropout=0.5)
+DROPPED = pj.PeanutConfig(r=2, target_modules=["first"], act_fn="tanh", init_weights=False, dropout=0.5)
 
 
 def first(params, x, key=None):

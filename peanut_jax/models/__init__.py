@@ -1,0 +1,1 @@
+"""Base models: loading, checking and building them."""

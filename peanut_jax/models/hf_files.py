@@ -1,0 +1,96 @@
+"""The files of a Hugging Face checkpoint, in a folder or the hub's cache: safetensors or msgpack, whole or in shards.
+
+Pickle files are never read.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict
+
+WEIGHTS = ("model.safetensors", "flax_model.msgpack")
+Tensors = dict[str, np.ndarray]
+
+
+def find(source: str, filename: str, revision: str | None) -> Path | None:
+    """A file of the folder or of the hub repository; None where it has no such file."""
+    if Path(source).is_dir():
+        path = Path(source, filename)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:  # ValueError: no name that the hub could have
+        what = f"{source!r} is no folder here, and the hub gave no {filename}"
+        raise FileNotFoundError(f"{what}: {error}") from error
+    return Path(found) if found else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def weight_files(source: str, revision: str | None) -> list[Path]:
+    """The file or the shards to read."""
+    for filename in WEIGHTS:
+        if path := find(source, filename, revision):
+            return [path]
+        if index := find(source, f"{filename}.index.json", revision):
+            return _shards(source, index, revision)
+    folder = Path(source)
+    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir()))})" if folder.is_dir() else ""
+    raise FileNotFoundError(
+        f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
+        "read: convert them once where PyTorch is installed, with "
+        "AutoModel.from_pretrained(source).save_pretrained(folder, safe_serialization=True)"
+    )
+
+
+def _shards(source: str, index: Path, revision: str | None) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(name).name != name for name in weight_map.values()):
+        raise ValueError(f"{index} must hold a weight_map from tensor names to files beside it")
+    files = {name: find(source, name, revision) for name in sorted(set(weight_map.values()))}
+    if absent := [name for name, path in files.items() if path is None]:
+        raise FileNotFoundError(f"{index} lists {', '.join(absent)}, which is missing; fetch it again")
+    return [path for path in files.values() if path]
+
+
+def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:
+    """Every tensor by its dotted name, and whether names and layouts are Flax's already."""
+    tensors: Tensors = {}
+    for path in files:
+        content, kind = _read_safetensors(path) if path.suffix == ".safetensors" else _read_msgpack(path)
+        if kind not in ("pt", "flax"):
+            raise ValueError(f"{path} was saved by {kind!r}; only 'pt' (PyTorch) and 'flax' can be read")
+        tensors |= content
+    return tensors, kind == "flax"
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            names, kind = file.keys(), (file.metadata() or {}).get("format", "pt")
+            return {name: file.get_tensor(name) for name in names}, kind
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+
+
+def _read_msgpack(path: Path) -> tuple[Tensors, str]:
+    try:
+        return flatten_dict(msgpack_restore(path.read_bytes()), sep="."), "flax"
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
