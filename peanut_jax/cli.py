@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from peanut_jax.models import hf
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 1 after one line on stderr for a user's error."""
+    # transformers announces on every use that its Flax classes end with version 5, which pyproject.toml knows.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -37,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", help="folder with config.json, or hub name")
-    inspect.add_argument("--task", choices=sorted(hf.TASKS), help="head of the model (default: the checkpoint's own)")
+    inspect.add_argument(
+        "--task",
+        choices=sorted(hf.TASKS),
+        metavar="TASK",
+        help=f"head of the model (default: the checkpoint's own): {', '.join(sorted(hf.TASKS))}",
+    )
     inspect.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json to start from")
     fields = inspect.add_argument_group("config fields", "as in PeanutConfig")
     fields.add_argument("--r", type=int)

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import (
     AlbertConfig,
-    BartConfig,
     BertConfig,
     FlaxAlbertModel,
-    FlaxBartModel,
     FlaxBertModel,
     FlaxGPT2LMHeadModel,
     GPT2Config,
@@ -146,23 +144,11 @@ BUILD: dict[str, Callable[[], Case]] = {
         ["query", "ffn"],
         lambda model, x: model(x).last_hidden_state,
     ),
-    "bart": lambda: hf(
-        FlaxBartModel,
-        BartConfig(
-            vocab_size=40,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            max_position_embeddings=8,
-        ),
-        ["q_proj", "v_proj", "fc1"],
-        lambda model, x: model(x, decoder_input_ids=x).last_hidden_state,
-    ),
 }
+
+
+compiled = cache(jax.jit)
+"""jit, of which every test of a front end shares the result."""
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 
 import peanut_jax as pj
 from peanut_jax.kernels import flatten
-from tests.contract.models import BUILD, case_of
+from tests.contract.models import BUILD, case_of, compiled
 from tests.oracle.numpy_peanut import delta_weight
 
 # Largest difference of outputs over their largest value. float32: rounding through a few layers. bfloat16: the merged
@@ -45,7 +45,7 @@ VARIANTS = [
 @pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: f"{f['orientation']}{f['depth']}{f['act_fn']}")
 def test_forward_equals_merged_equals_numpy(case, fields):
     config, adapters = setting(case, **fields)
-    run = jax.jit(case.fn)
+    run = compiled(case.fn)
     adapted = jax.jit(pj.adapt(case.fn, config))(adapters, case.params, case.x)
     merged = merge(case.params, adapters, config)
     assert difference(adapted, run(merged, case.x)) < TOLERANCE["float32"]
@@ -69,7 +69,7 @@ def test_forward_equals_merged_equals_numpy(case, fields):
 @pytest.mark.parametrize("orientation", ["output", "input"])
 def test_a_fresh_adapter_is_an_exact_no_op(case, orientation):
     config, adapters = setting(case, init_weights=True, depth=1, orientation=orientation)
-    base = jax.jit(case.fn)(case.params, case.x)
+    base = compiled(case.fn)(case.params, case.x)
     np.testing.assert_array_equal(jax.jit(pj.adapt(case.fn, config))(adapters, case.params, case.x), base)
     jax.tree.map(np.testing.assert_array_equal, merge(case.params, adapters, config), case.params)
 
@@ -82,7 +82,7 @@ def test_a_bfloat16_base_gives_bfloat16_outputs_and_float32_gradients(case):
     merged = merge(params, adapters, config)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
     # HF's Flax models compute in the dtype they were made with (float32 here); Linen ones in that of the parameters.
-    run, adapted = jax.jit(case.fn), jax.jit(forward)
+    run, adapted = compiled(case.fn), jax.jit(forward)
     base, out = run(params, x), adapted(adapters, params, x)
     assert out.dtype == base.dtype
     assert difference(out.astype(jnp.float32), run(merged, x).astype(jnp.float32)) < TOLERANCE["bfloat16"]
@@ -104,7 +104,7 @@ def test_transforms_compose(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), remat, grads)
     two = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a)]), adapters)
     both = jax.jit(jax.vmap(loss, in_axes=(0, None)))(two, case.x)
-    np.testing.assert_allclose(both, [value, jnp.mean(jax.jit(case.fn)(case.params, case.x) ** 2)], rtol=1e-5)
+    np.testing.assert_allclose(both, [value, jnp.mean(compiled(case.fn)(case.params, case.x) ** 2)], rtol=1e-5)
     per_device = jax.pmap(forward, in_axes=(None, None, 0))(adapters, case.params, case.x[:, None])
     assert difference(per_device[:, 0], jax.jit(forward)(adapters, case.params, case.x)) < TOLERANCE["float32"]
 
@@ -147,7 +147,7 @@ def _equations(jaxpr):
 def test_training_learns_leaves_the_base_alone_and_compiles_once(case):
     config, adapters = setting(case, init_weights=True)
     before = jax.tree.map(np.array, case.params)
-    target = jax.jit(case.fn)(case.params, case.x) * 0.9
+    target = compiled(case.fn)(case.params, case.x) * 0.9
 
     def loss_fn(params, batch, key):
         return jnp.mean((case.fn(params, batch["x"]) - batch["y"]) ** 2)
