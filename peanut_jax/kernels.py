@@ -15,7 +15,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 COLLECTION = "params"
@@ -96,13 +96,16 @@ def flatten(params: PyTree) -> dict[str, Leaf]:
 
 def replace(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
     """A new tree of the same kind with `leaves` (path -> array) put in; `params` is not touched."""
-    inner = unflatten_dict({**flatten(params), **leaves}, sep="/")
-    inner = flax.core.freeze(inner) if isinstance(params, flax.core.FrozenDict) else inner
-    if COLLECTION not in params:
-        return inner
-    if isinstance(params, flax.core.FrozenDict):
-        return params.copy({COLLECTION: inner})
-    return {**params, COLLECTION: inner}
+    tree = flax.core.unfreeze(params)
+    within = (COLLECTION,) if COLLECTION in tree else ()
+    for path, leaf in leaves.items():
+        tree = _put(tree, (*within, *path.split("/")), leaf)
+    return flax.core.freeze(tree) if isinstance(params, flax.core.FrozenDict) else tree
+
+
+def _put(tree: Mapping[str, Any], keys: Sequence[str], leaf: Array) -> dict[str, Any]:
+    head, *rest = keys
+    return {**tree, head: _put(tree.get(head, {}), rest, leaf) if rest else leaf}
 
 
 def find(flat: Mapping[str, Leaf], axes: Axes | None = None) -> dict[str, Kernel]:

@@ -122,6 +122,8 @@ def test_merge_returns_the_same_kind_of_tree_and_shares_what_it_leaves(params):
     merged = pj.merge(params, adapters, config)
     changed = {path for path, leaf in flatten(merged).items() if leaf is not flatten(params)[path]}
     assert changed == {QUERY.format(0), QUERY.format(1)}
+    odd = {**params, "dropout": {}}
+    assert jax.tree.structure(pj.merge(odd, adapters, config)) == jax.tree.structure(odd)
     frozen = pj.merge(freeze({"params": params, "cache": {"n": jnp.ones(1)}}), adapters, config)
     assert isinstance(frozen, FrozenDict)
     assert set(frozen) == {"params", "cache"}
