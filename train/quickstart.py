@@ -1,4 +1,6 @@
-"""PEANuT from start to end, in about two minutes on two cores: `python -m train.quickstart --out runs/quickstart`.
+"""PEANuT from start to end, in about two minutes on two cores.
+
+    python -m train.quickstart --out runs/quickstart
 
 1. Pretrain a small ViT of HF transformers on the handwritten digits 0-4, and save it as a checkpoint folder.
 2. Load the checkpoint with a new head and adapt it to the digits 5-9, with each method of `methods.py`.
