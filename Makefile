@@ -16,7 +16,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -7,6 +7,7 @@ save it as they do the kernel, and a dense module finds its own pair whatever ca
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -135,13 +136,50 @@ def low_rank(module: nn.Module, x: Float[Array, "*x"], pair: tuple[Array, Array]
             f"{features}, so {expected[0]} and {expected[1]} were expected. Inside nn.scan use adapt(), which binds "
             "the factors; for DenseGeneral without a bias pass axes=kernel_axes(...) to init"
         )
-    n = len(stack)
-    left = left.astype(x.dtype).reshape(*stack, *ins, r)
-    right = right.astype(x.dtype).reshape(*stack, r, *features)
-    batch = tuple(range(n))
-    contract = tuple(range(n, n + len(axis)))
-    h = lax.dot_general(x, left, ((axis, contract), (batch_dims, batch)), precision=module.precision)
-    return lax.dot_general(h, right, (((h.ndim - 1,), (n,)), (batch, batch)), precision=module.precision)
+    rest = tuple(i for i in range(x.ndim) if i not in axis and i not in batch_dims)
+    x = x.transpose(*batch_dims, *rest, *axis)
+    x = x.reshape(*x.shape[: len(stack) + len(rest)], left.shape[-2])
+    y = _product(x, left.astype(x.dtype), right.astype(x.dtype), len(stack), module.precision)
+    return y.reshape(*y.shape[:-1], *features)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, left: Array, right: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
+    """(x @ left) @ right for x [*stack, *rest, d_in], left [*stack, d_in, r] and right [*stack, r, d_out].
+
+    Its own backward pass, because in the derived one XLA on CPU transposes x and the cotangent of y, the two large
+    arrays, to contract their tokens. Here only arrays with r columns are transposed; the barrier keeps XLA from
+    simplifying that away.
+    """
+    return _times(_times(x, left, n_stack, precision), right, n_stack, precision)
+
+
+def _product_forward(x: Array, left: Array, right: Array, n_stack: int, precision: lax.PrecisionLike):
+    h = _times(x, left, n_stack, precision)
+    return _times(h, right, n_stack, precision), (x, h, left, right)
+
+
+def _product_backward(n_stack: int, precision: lax.PrecisionLike, saved: tuple[Array, ...], g: Array):
+    x, h, left, right = saved
+    d_h = _times(g, jnp.swapaxes(right, -1, -2), n_stack, precision)
+    d_x = _times(d_h, jnp.swapaxes(left, -1, -2), n_stack, precision)
+    d_left = lax.optimization_barrier(_over_tokens(d_h, x, n_stack, precision))
+    return d_x, jnp.swapaxes(d_left, -1, -2), _over_tokens(h, g, n_stack, precision)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _times(x: Array, m: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
+    """[*stack, *rest, i] by [*stack, i, j] -> [*stack, *rest, j]."""
+    stack = tuple(range(n_stack))
+    return lax.dot_general(x, m, (((x.ndim - 1,), (n_stack,)), (stack, stack)), precision=precision)
+
+
+def _over_tokens(a: Array, b: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
+    """[*stack, *rest, i] and [*stack, *rest, j] -> [*stack, i, j], summed over rest."""
+    stack, rest = tuple(range(n_stack)), tuple(range(n_stack, a.ndim - 1))
+    return lax.dot_general(a, b, ((rest, rest), (stack, stack)), precision=precision)
 
 
 def _dense_axes(module: nn.Module, x: Array, path: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

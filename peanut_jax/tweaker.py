@@ -126,13 +126,21 @@ def hidden(
         arXiv:2410.01870v3, equations 4 and 5; `PeanutLayer._compute_delta_weight` of peft 0.21.2.
     """
     z = act(_read(kernel, theta["a"], orientation))
+    if "encoders" not in theta:
+        return z
+    return _pairs(z, theta["encoders"], theta["decoders"], act)
+
+
+@partial(jax.checkpoint, static_argnums=3)
+def _pairs(z: Array, encoders: Array, decoders: Array, act: Callable[[Array], Array]) -> Array:
+    """The encoder/decoder pairs, computed again in the backward pass: r x r products are cheap, and an array of z's
+    size for each of their steps, held through the whole train step for every kernel of the model, is not."""
     kept = []
-    depth = theta["encoders"].shape[-3] if "encoders" in theta else 0
-    for i in range(depth):
+    for i in range(encoders.shape[-3]):
         kept.append(z)
-        z = act(z @ theta["encoders"][..., i, :, :])
-    for i in range(depth):
-        z = act(z @ theta["decoders"][..., i, :, :]) + kept.pop()
+        z = act(z @ encoders[..., i, :, :])
+    for i in range(decoders.shape[-3]):
+        z = act(z @ decoders[..., i, :, :]) + kept.pop()
     return z
 
 
