@@ -3,6 +3,10 @@
 from peanut_jax.adapters import combine, count, factors, init, merge
 from peanut_jax.config import LoraConfig, PeanutConfig
 from peanut_jax.intercept import adapt, intercept
+from peanut_jax.interop.fingerprint import fingerprint
+from peanut_jax.interop.lora import from_lora, init_from_factors, to_lora
+from peanut_jax.interop.merged import export_merged
+from peanut_jax.interop.peft import load_adapter, save_adapter
 from peanut_jax.kernels import kernel_axes
 from peanut_jax.targets import select
 from peanut_jax.training import TrainState, freeze, make_train_step, partition, trainable_mask
@@ -16,14 +20,21 @@ __all__ = [
     "adapt",
     "combine",
     "count",
+    "export_merged",
     "factors",
+    "fingerprint",
     "freeze",
+    "from_lora",
     "init",
+    "init_from_factors",
     "intercept",
     "kernel_axes",
+    "load_adapter",
     "make_train_step",
     "merge",
     "partition",
+    "save_adapter",
     "select",
+    "to_lora",
     "trainable_mask",
 ]

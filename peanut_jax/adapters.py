@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from peanut_jax import tweaker
 from peanut_jax.activations import ACTIVATIONS
 from peanut_jax.config import Config, LoraConfig, PeanutConfig
-from peanut_jax.kernels import Axes, Leaf, flatten, replace
+from peanut_jax.kernels import Axes, Kernel, Leaf, flatten, replace
 from peanut_jax.targets import Target, saved_paths, select
 
 Adapters = dict[str, tweaker.Theta | Array]
@@ -47,7 +47,7 @@ def init(key: PRNGKeyArray, params: PyTree, config: Config, axes: Axes | None = 
     for path, target in targets.items():
         zero_b = config.init_weights if isinstance(config, PeanutConfig) else True
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        adapters[path] = tweaker.init(path_key, _shapes(target, config), target.stack, zero_b)
+        adapters[path] = tweaker.init(path_key, theta_shapes(target.kernel, config), target.stack, zero_b)
     for path in saved_paths(flat, config):
         adapters[path] = jnp.array(flat[path])
     return adapters
@@ -64,18 +64,20 @@ def factors(adapters: Adapters, params: PyTree, config: Config) -> FactorTree:
     """
     flat = flatten(params)
     targets = check(adapters, params, config)
-    return {path: _pair(adapters[path], flat[path], target, config) for path, target in targets.items()}
+    return {path: _scattered_pair(adapters[path], flat[path], target, config) for path, target in targets.items()}
 
 
-def _pair(theta: tweaker.Theta | Array, stored: Leaf, target: Target, config: Config) -> tweaker.Factors:
-    assert isinstance(theta, dict)  # check() has been here
+def pair(theta: tweaker.Theta, kernel: Float[Array, "*layers d_in d_out"], config: Config) -> tweaker.Factors:
+    """(left [*layers, d_in, r], right [*layers, r, d_out]) of one kernel. Nothing else knows the method."""
     act = ACTIVATIONS[config.act_fn]
     if isinstance(config, LoraConfig):
-        left, right = tweaker.lora_factors(theta, act=act, scaling=config.scaling)
-    else:
-        kernel = target.kernel.matrix(stored)
-        kernel = kernel if target.rows is None else kernel[jnp.array(target.rows)]
-        left, right = tweaker.factors(kernel, theta, act=act, scaling=config.scaling, orientation=config.orientation)
+        return tweaker.lora_factors(theta, act=act, scaling=config.scaling)
+    return tweaker.factors(kernel, theta, act=act, scaling=config.scaling, orientation=config.orientation)
+
+
+def _scattered_pair(theta: tweaker.Theta | Array, stored: Leaf, target: Target, config: Config) -> tweaker.Factors:
+    assert isinstance(theta, dict)  # check() has been here
+    left, right = pair(theta, target.matrix(stored), config)
     if target.rows is None:
         return left, right
     layers = target.kernel.stack[0]
@@ -107,7 +109,7 @@ def merge(params: PyTree, adapters: Adapters, config: Config) -> PyTree:
     merged = {}
     with jax.default_matmul_precision("highest"):
         for path, target in targets.items():
-            update = tweaker.delta(*_pair(adapters[path], flat[path], target, config))
+            update = tweaker.delta(*_scattered_pair(adapters[path], flat[path], target, config))
             total = flat[path].astype(jnp.float32) + target.kernel.stored(update)
             merged[path] = total.astype(flat[path].dtype)
     _check_finite(merged, "NaNs detected in the merged weights; the adapter or the base is broken at {paths}")
@@ -152,7 +154,7 @@ def check(adapters: Adapters, params: PyTree, config: Config) -> dict[str, Targe
     wanted = {
         (path, name): target.stack + shape
         for path, target in targets.items()
-        for name, shape in _shapes(target, config).items()
+        for name, shape in theta_shapes(target.kernel, config).items()
     } | {(path, ""): tuple(flat[path].shape) for path in saved_paths(flat, config)}
     given = {
         (path, name): tuple(leaf.shape)
@@ -174,8 +176,8 @@ def check(adapters: Adapters, params: PyTree, config: Config) -> dict[str, Targe
     return targets
 
 
-def _shapes(target: Target, config: Config) -> tweaker.Shapes:
-    kernel = target.kernel
+def theta_shapes(kernel: Kernel, config: Config) -> tweaker.Shapes:
+    """The shapes of one kernel's theta, without layer axes."""
     if isinstance(config, LoraConfig):
         return tweaker.lora_shapes(kernel.d_in, kernel.d_out, config.r)
     return tweaker.shapes(kernel.d_in, kernel.d_out, config.r, config.depth, config.orientation)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from peanut_jax.config import ALL_LINEAR, TASK_HEADS, AdapterConfig
 from peanut_jax.kernels import Axes, Kernel, Leaf, find, flatten, module_of
@@ -52,6 +52,11 @@ class Target:
     def stack(self) -> tuple[int, ...]:
         """Leading axes of this target's theta."""
         return self.kernel.stack if self.rows is None else (len(self.rows), *self.kernel.stack[1:])
+
+    def matrix(self, stored: Leaf) -> Array:
+        """The adapted rows of the stored kernel, as [*stack, d_in, d_out]."""
+        matrix = self.kernel.matrix(stored)
+        return matrix if self.rows is None else matrix[jnp.array(self.rows)]
 
 
 def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> dict[str, Target]:

@@ -13,6 +13,9 @@ from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
+INDEX_FILE = "model.safetensors.index.json"
+# Files of a hub repository that hold the same weights for others to read.
+NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
 Tensors = dict[str, np.ndarray]
 
 
@@ -31,13 +34,40 @@ def find(source: str, filename: str, revision: str | None) -> Path | None:
     return Path(found) if found else None
 
 
+def local_folder(source: str, revision: str | None = None) -> Path:
+    """The folder, or the hub repository's files in the cache, without pickles and other frameworks' weights.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or len(Path(source).parts) > 2 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source!r} is no folder here")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=list(NOT_FETCHED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{source!r} is no folder here, and the hub did not give it: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return content
 
 

@@ -13,8 +13,16 @@ import peft
 import torch
 import transformers
 from peft.tuners.peanut.layer import PeanutLayer
-from transformers import BertConfig, LlamaConfig, RobertaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5Config, ViTConfig
 
+from peanut_jax.models import hf
+
+TASKS = {
+    "ModelForSequenceClassification": "sequence-classification",
+    "ModelForImageClassification": "image-classification",
+    "ModelForCausalLM": "causal-lm",
+    "ModelForSeq2SeqLM": "seq2seq-lm",
+}
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 24, "initializer_range": 0.2,
@@ -45,6 +53,15 @@ FAMILIES = {
         LlamaConfig, {"num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": False},
         "ModelForCausalLM", ("q_proj", "v_proj", "up_proj", "down_proj"),
     ),
+    "vit": Family(
+        ViTConfig, {"image_size": 12, "patch_size": 4, "num_labels": 3}, "ModelForImageClassification",
+        ("query", "output.dense"),
+    ),
+    "t5": Family(
+        T5Config, {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        "ModelForSeq2SeqLM", ("q", "v", "wo"),
+    ),
+    "gpt2": Family(GPT2Config, {"n_inner": 48}, "ModelForCausalLM", ("c_attn", "c_proj", "c_fc")),
 }  # fmt: skip
 
 
@@ -69,11 +86,19 @@ def build(name: str, folder: Path) -> Twin:
     torch.manual_seed(0)
     model = getattr(transformers, f"Auto{family.auto}").from_config(config).eval()
     model.save_pretrained(folder)
-    flax = getattr(transformers, f"FlaxAuto{family.auto}").from_pretrained(folder)
-    ids = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (3, 10))
+    flax, params = hf.load(folder, TASKS[family.auto])
+    return Twin(model, flax, params, _batch(config), family.targets)
+
+
+def _batch(config: transformers.PretrainedConfig) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    if isinstance(config, ViTConfig):
+        return {"pixel_values": rng.normal(size=(3, 3, config.image_size, config.image_size)).astype(np.float32)}
+    ids = rng.integers(3, SIZES["vocab_size"], (3, 10))
     mask = np.ones_like(ids)
     ids[-1, 7:], mask[-1, 7:] = config.pad_token_id or 0, 0
-    return Twin(model, flax, flax.params, {"input_ids": ids, "attention_mask": mask}, family.targets)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return {**batch, "decoder_input_ids": ids[:, :6]} if config.is_encoder_decoder else batch
 
 
 def wrap(model: transformers.PreTrainedModel, *, seed: int = 0, **config: Any) -> peft.PeftModel:

@@ -1,0 +1,218 @@
+"""Safetensors on disk, tensor by tensor, and folders that appear whole or not at all."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+# Tensors of other dtypes (quantised ones) are copied but not read.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: where its bytes are, counted from the start of the file's data."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The head of a safetensors file. `data` is the offset of the data in the file."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data: int
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks a header: the library refuses lengths, offsets, shapes and dtypes that do not fit the file.
+
+    Raises:
+        ValueError: a file that is truncated, corrupt or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(length))
+    metadata = content.pop("__metadata__", {})
+    entries = {
+        name: Entry(path, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+        for name, field in content.items()
+    }
+    return Header(entries, metadata, 8 + length)
+
+
+def read_entry(entry: Entry, name: str, data: int) -> np.ndarray:
+    """The tensor alone, into memory of its own: nothing of the rest of the file is held or mapped.
+
+    Raises:
+        ValueError: a dtype that is not floating point.
+    """
+    dtype = dtype_of(entry.dtype, name)
+    with entry.file.open("rb") as file:
+        file.seek(data + entry.start)
+        return np.fromfile(file, dtype, (entry.stop - entry.start) // dtype.itemsize).reshape(entry.shape)
+
+
+def dtype_of(code: str, name: str) -> np.dtype:
+    """numpy's dtype for safetensors' code, of the tensor `name`.
+
+    Raises:
+        ValueError: a dtype that is not floating point.
+    """
+    if code not in _DTYPES:
+        raise ValueError(f"{name!r} has dtype {code}: quantised weights cannot be read; dequantise them first")
+    return _DTYPES[code]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of a file, and its metadata.
+
+    Raises:
+        ValueError: as `read_header` and `read_entry`.
+    """
+    header = read_header(path)
+    return {name: read_entry(entry, name, header.data) for name, entry in header.entries.items()}, header.metadata
+
+
+def copy_file(
+    source: Path, target: Path, header: Header, rename: Mapping[str, str], extra: Mapping[str, np.ndarray]
+) -> int:
+    """Copies a safetensors file, and returns the offset of the copy's data.
+
+    Args:
+        header: The source's.
+        rename: Old name -> new name. Empty for a copy whose header has the same bytes.
+        extra: Tensors to append.
+    """
+    end = source.stat().st_size - header.data
+    with source.open("rb") as old, target.open("wb") as new:
+        head = old.read(header.data)
+        if rename or extra:
+            content: dict = {"__metadata__": header.metadata} if header.metadata else {}
+            for name, entry in header.entries.items():
+                content[rename.get(name, name)] = _field(entry.dtype, entry.shape, entry.start, entry.stop)
+            for name, array in extra.items():
+                content[name] = _field(_NAMES[array.dtype], array.shape, end, end + array.nbytes)
+                end += array.nbytes
+            text = json.dumps(content, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            head = len(text).to_bytes(8, "little") + text
+        new.write(head)
+        shutil.copyfileobj(old, new, 1 << 22)
+        for array in extra.values():
+            new.write(array.tobytes())
+    return len(head)
+
+
+def write_entry(file: Path, offset: int, array: np.ndarray) -> None:
+    """Puts the array's bytes over those at `offset`."""
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A new safetensors file, which appears under its name once it is whole."""
+    with replacing(path) as temporary:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
+
+
+def write_text(path: Path, text: str) -> None:
+    """A new text file, which appears under its name once it is whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name at the end, or is removed after an error."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
+
+    Args:
+        overwrite: Replace a folder of that name, which stays until the new one is whole.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is false.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}, writing {path}; nothing of it was left behind") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _field(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,96 @@
+"""A fingerprint of the base kernels that an adapter reads: dW is a function of W0, so another base is another update.
+
+Every element counts, rounded to bfloat16 (a checkpoint read as bfloat16 and as float32 is the same base) and weighted
+by a hash of its place in [d_in, d_out]. The sum is of integers, so it is the same whatever order, sharding, stacking or
+machine adds it up, and a sharded kernel needs one all-reduce of two numbers.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree, UInt32
+
+from peanut_jax.config import AdapterConfig
+from peanut_jax.interop.names import modules, rows_of
+from peanut_jax.kernels import Axes, flatten
+from peanut_jax.targets import Target, select
+
+logger = logging.getLogger(__name__)
+
+Fingerprint = dict[str, str]
+
+
+def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Fingerprint:
+    """Torch module name -> 16 hexadecimal digits, for every kernel that `config` adapts.
+
+    Args:
+        params: The frozen base, of any sharding, float dtype and layout.
+        config: What is adapted.
+        axes: As for `init`.
+
+    Raises:
+        As `select`.
+    """
+    return of_targets(params, select(params, config, axes))
+
+
+def of_targets(params: PyTree, targets: Mapping[str, Target]) -> Fingerprint:
+    """As `fingerprint`, of targets that are known already."""
+    flat = flatten(params)
+    found: Fingerprint = {}
+    for path, target in targets.items():
+        rows = rows_of(target)
+        digests = jax.device_get(digest(target.matrix(flat[path]))).reshape(-1, 2)
+        found |= {name: hexadecimal(digest) for name, digest in zip(modules(path, rows), digests, strict=True)}
+    return found
+
+
+@jax.jit
+def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers 2"]:
+    """Two sums of the kernel's bfloat16 bits modulo 2^32, each with its own odd weights (multilinear hashing)."""
+    bits = lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    d_in, d_out = kernel.shape[-2:]
+    row = lax.broadcasted_iota(jnp.uint32, (d_in, d_out), 0)
+    place = row * jnp.uint32(d_out) + lax.broadcasted_iota(jnp.uint32, (d_in, d_out), 1)
+    sums = [(bits * _weights(place, seed)).sum((-1, -2), dtype=jnp.uint32) for seed in (0x9E3779B9, 0x7F4A7C15)]
+    return jnp.stack(sums, axis=-1)
+
+
+def hexadecimal(sums: UInt32[Array, "2"]) -> str:
+    """The two sums of a digest as 16 digits."""
+    return "".join(f"{int(part):08x}" for part in sums)
+
+
+def check(found: Mapping[str, str], saved: Mapping[str, str], adapter: str, base: str) -> None:
+    """Compares kernels of the base with the fingerprint that was saved with the adapter.
+
+    Raises:
+        ValueError: naming the first kernel that differs.
+    """
+    different = [name for name, value in found.items() if saved.get(name) != value]
+    if different:
+        more = f" (and {len(different) - 1} more of {len(found)})" if len(found) > 1 else ""
+        raise ValueError(
+            f"{adapter} was trained on another base than {base}: kernel {different[0]!r}{more} differs. Its update is "
+            "a function of the base's kernels; use the checkpoint that it was trained on, unmerged and not fine-tuned "
+            "further"
+        )
+
+
+def note_absence(saved: Mapping[str, str], adapter: str) -> None:
+    """Says so where an adapter has no fingerprint to check."""
+    if not saved:
+        logger.warning(
+            "%s holds no fingerprint of its base (HF PEFT saves none): that this is the base is taken on trust", adapter
+        )
+
+
+def _weights(place: Array, seed: int) -> Array:
+    """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
+    h = place + jnp.uint32(seed)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (h ^ (h >> 16)) | jnp.uint32(1)

@@ -1,0 +1,288 @@
+"""Adapters merged into the PyTorch checkpoint that they were trained on, shard by shard, without torch or a model."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from peanut_jax.adapters import Adapters, pair
+from peanut_jax.config import Config, PeanutConfig
+from peanut_jax.interop import fingerprint
+from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_checkpoint
+from peanut_jax.interop.files import copy_file, dtype_of, new_folder, write_entry
+from peanut_jax.interop.peft import ModuleAdapters, by_module, read
+from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, read_json
+from peanut_jax.tweaker import Theta, delta
+
+logger = logging.getLogger(__name__)
+
+# HF PEFT's task -> transformers' table of classes, whose names a config.json carries.
+_CLASSES = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+# The tensors of a head that have a row a label.
+_LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+Track = Callable[[list[str]], Iterable[str]]
+
+
+def export_merged(
+    source: str | Path,
+    folder: str | Path,
+    adapters: Adapters | Sequence[Adapters],
+    config: Config | Sequence[Config],
+    *,
+    base_fingerprint: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the checkpoint `source` with W0 + dW in place of each adapted kernel, for transformers, vLLM or llama.cpp.
+
+    Only adapted tensors and saved modules change; every other tensor keeps its bytes, and names, dtypes, shards, index,
+    configuration and tokenizer stay. The sum is formed in float32 and rounded once to the checkpoint's dtype. Of each
+    shard one tensor at a time is in memory. The folder appears whole, at the end, or not at all.
+
+    A head that the checkpoint lacks is added to the last shard; `config.json` then gets the architecture of the
+    config's `task_type` and the number of labels, and a bare base takes the names that it has beside a head.
+
+    Args:
+        source: A Hugging Face checkpoint in PyTorch's safetensors, a folder or a hub name: the base, not a merged one.
+        folder: Where to write; its parent must be on the disk that takes the result.
+        adapters: From `init` or training; several are added up, each computed from the original W0.
+        config: The adapter's, or one for each of several.
+        base_fingerprint: From `fingerprint(params, config)`, to make sure that `source` is the base of the training.
+        overwrite: Replace `folder` where it exists.
+
+    Raises:
+        FileExistsError: the folder exists.
+        FileNotFoundError, ValueError: a checkpoint that cannot be read or is not the base; NaNs in the result.
+        NotImplementedError: adapters with a stack of layers that has no name in torch.
+    """
+    trees = [adapters] if isinstance(adapters, Mapping) else list(adapters)
+    configs = [config] if isinstance(config, Config) else list(config)
+    if len(trees) != len(configs) or not trees:
+        raise ValueError(f"adapters and config must be as many: got {len(trees)} and {len(configs)}")
+    loaded = {}
+    for i, (tree, one) in enumerate(zip(trees, configs, strict=True)):
+        taken = by_module(tree, one, _rows(tree, one))
+        loaded[f"adapter {i}"] = dataclasses.replace(taken, fingerprint=dict(base_fingerprint or {}))
+    _export(source, folder, loaded, overwrite, iter)
+
+
+def merge_folders(
+    source: str | Path,
+    adapters: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    check_base: bool = True,
+    track: Track = iter,
+) -> None:
+    """As `export_merged`, from adapter directories, whose fingerprints are checked.
+
+    Args:
+        adapters: What `save_adapter` or HF PEFT wrote: PEANuTs and LoRAs.
+        check_base: As for `load_adapter`.
+        track: Wraps the list of tensors that change, to show progress.
+    """
+    loaded = {str(one): read(one) for one in adapters}
+    if len(loaded) < len(adapters):
+        raise ValueError(f"the same adapter is given twice: {', '.join(map(str, adapters))}")
+    for name, adapter in loaded.items():
+        if check_base and isinstance(adapter.config, PeanutConfig):
+            fingerprint.note_absence(adapter.fingerprint, name)
+    if not check_base:
+        loaded = {name: dataclasses.replace(adapter, fingerprint={}) for name, adapter in loaded.items()}
+    _export(source, folder, loaded, overwrite, track)
+
+
+def _export(
+    source: str | Path, folder: str | Path, adapters: Mapping[str, ModuleAdapters], overwrite: bool, track: Track
+) -> None:
+    checkpoint = open_checkpoint(source)
+    _check_apart(checkpoint.folder, Path(folder))
+    places = {name: locate(checkpoint, adapter) for name, adapter in adapters.items()}
+    replaced, added, rename = _saved_tensors(checkpoint, adapters, places)
+    uses: dict[str, list[tuple[str, str]]] = {}
+    for adapter, place in places.items():
+        for module, tensor in place.tensors.items():
+            uses.setdefault(tensor, []).append((adapter, module))
+    if clash := sorted(uses.keys() & replaced.keys()):
+        raise ValueError(f"{clash[0]!r} is adapted by one adapter and saved in full by another")
+    files = list(checkpoint.headers)
+    order = sorted([*uses, *replaced], key=lambda name: (files.index(checkpoint.entries[name].file), name))
+    with new_folder(Path(folder), overwrite) as temporary:
+        _copy_others(checkpoint, temporary)
+        starts: dict[Path, int] = {}
+
+        def copy(file: Path) -> None:
+            extra = added if file == files[-1] else {}
+            starts[file] = copy_file(file, temporary / file.name, checkpoint.headers[file], rename, extra)
+
+        for name in track(order):
+            entry = checkpoint.entries[name]
+            if entry.file not in starts:  # shard by shard: another base shows before all is copied
+                copy(entry.file)
+            array = replaced[name] if name in replaced else _merged(checkpoint, name, uses[name], adapters, places)
+            write_entry(temporary / entry.file.name, starts[entry.file] + entry.start, array)
+        for file in files:
+            if file not in starts:
+                copy(file)
+        if rename or added:
+            _write_index(temporary, checkpoint, rename, added)
+            _write_config(temporary, adapters.values(), added)
+        record = {"base": str(source), "tensors": order}
+        (temporary / MERGED_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _merged(
+    checkpoint: Checkpoint,
+    name: str,
+    uses: Sequence[tuple[str, str]],
+    adapters: Mapping[str, ModuleAdapters],
+    places: Mapping[str, Places],
+) -> np.ndarray:
+    """The tensor with every adapter's update, each of the original kernel."""
+    kernel = places[uses[0][0]].kernels[uses[0][1]]
+    thetas, configs = [], []
+    for adapter, module in uses:
+        thetas.append(adapters[adapter].thetas[module])
+        configs.append(adapters[adapter].module_config(module))
+    with jax.default_matmul_precision("highest"):
+        merged, finite, digest = _add(checkpoint.read(name), thetas, tuple(configs), kernel.transposed)
+    found = fingerprint.hexadecimal(jax.device_get(digest))
+    for adapter, module in uses:
+        if adapters[adapter].fingerprint:
+            fingerprint.check({module: found}, adapters[adapter].fingerprint, adapter, str(checkpoint.folder))
+    if not finite:
+        raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
+    return np.asarray(merged)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _add(
+    tensor: Float[Array, "rows columns"], thetas: Sequence[Theta], configs: tuple[Config, ...], conv1d: bool
+) -> tuple[Array, Array, Array]:
+    """W0 + the sum of the updates in tensor's layout and dtype, whether all of it is finite, and W0's digest."""
+    kernel = tensor if conv1d else tensor.T
+    total = kernel.astype(jnp.float32)
+    for theta, config in zip(thetas, configs, strict=True):
+        total = total + delta(*pair(theta, kernel, config))
+    merged = (total if conv1d else total.T).astype(tensor.dtype)
+    return merged, jnp.isfinite(merged).all(), fingerprint.digest(kernel)
+
+
+def _rows(adapters: Adapters, config: Config) -> dict[str, list[int] | None]:
+    """The rows of each stack, by what theta's axes and the config say."""
+    found: dict[str, list[int] | None] = {}
+    for path, theta in adapters.items():
+        if not isinstance(theta, Mapping):
+            continue
+        stack = theta["a"].shape[:-2]
+        if len(stack) > 1:
+            raise NotImplementedError(
+                f"kernel {path!r} is a stack of {stack}; PyTorch's names reach one axis of layers"
+            )
+        layers = config.layers_to_transform
+        wanted = range(stack[0]) if stack and layers is None else (layers,) if isinstance(layers, int) else layers
+        found[path] = sorted(set(wanted or ())) if stack else None
+    return found
+
+
+def _saved_tensors(
+    checkpoint: Checkpoint, adapters: Mapping[str, ModuleAdapters], places: Mapping[str, Places]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+    """Tensors of saved modules: those to replace, those to add, and the renaming (old -> new) that adding asks for."""
+    replaced: dict[str, np.ndarray] = {}
+    added: dict[str, np.ndarray] = {}
+    prefix = ""
+    for name, adapter in adapters.items():
+        for saved, array in adapter.saved.items():
+            place = places[name].saved[saved]
+            target = replaced if place else added
+            if (place or saved) in target:
+                raise ValueError(f"two of the adapters save {saved!r}; the sum of two heads means nothing")
+            if place is None:
+                prefix = places[name].prefix
+                added[saved] = array
+            elif checkpoint.entries[place].shape != array.shape:
+                raise ValueError(
+                    f"{saved!r} is {array.shape} in {name} and {checkpoint.entries[place].shape} in "
+                    f"{checkpoint.folder}; give the checkpoint without this head, or the one that was trained on"
+                )
+            else:
+                replaced[place] = array.astype(dtype_of(checkpoint.entries[place].dtype, place))
+    if added:
+        some = next(iter(next(iter(places.values())).tensors.values()))
+        dtype = dtype_of(checkpoint.entries[some].dtype, some)
+        added = {name: array.astype(dtype) for name, array in added.items()}
+    rename = {name: prefix + name for name in checkpoint.entries} if prefix else {}
+    return replaced, added, rename
+
+
+def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Everything beside the weights: configuration, tokenizer, index, folders. No other copy of the old weights."""
+    shards = {file.name for file in checkpoint.headers}
+    stale = shutil.ignore_patterns(
+        *(pattern.partition("/")[0] for pattern in NOT_FETCHED), "openvino", ".cache", ".git"
+    )
+    for entry in checkpoint.folder.iterdir():
+        weights = entry.suffix == ".safetensors" or stale(str(checkpoint.folder), [entry.name])
+        if entry.name in shards or weights:
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name)
+        else:
+            shutil.copyfile(entry, folder / entry.name)
+
+
+def _write_index(folder: Path, checkpoint: Checkpoint, rename: Mapping[str, str], added: Mapping[str, Any]) -> None:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return
+    index = read_json(path)
+    index["weight_map"] = {rename.get(name, name): file for name, file in index["weight_map"].items()}
+    index["weight_map"] |= dict.fromkeys(added, list(checkpoint.headers)[-1].name)
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] += sum(array.nbytes for array in added.values())
+    path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: Path, adapters: Iterable[ModuleAdapters], added: Mapping[str, np.ndarray]) -> None:
+    """The class that has the added head and the number of its labels; transformers makes a head of these."""
+    from transformers.models.auto import modeling_auto
+
+    task_type = next((adapter.config.task_type for adapter in adapters if adapter.saved), None)
+    path = folder / "config.json"
+    content = read_json(path)
+    classes = getattr(modeling_auto, _CLASSES.get(task_type or "", ""), {})
+    if (name := classes.get(content.get("model_type"))) is None:
+        logger.warning(
+            "%s: the head (%s) is added, but config.json stays as it is, since task_type=%r names no class for it",
+            folder.name, ", ".join(added), task_type,
+        )  # fmt: skip
+        return
+    content["architectures"] = [name]
+    rows = [array.shape[0] for tensor, array in added.items() if tensor.endswith(_LOGITS)]
+    if rows and task_type != "QUESTION_ANS":
+        labels = content.get("id2label", {})
+        if len(labels) != rows[0]:
+            content["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows[0])}
+            content["label2id"] = {f"LABEL_{i}": i for i in range(rows[0])}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_apart(source: Path, folder: Path) -> None:
+    source, folder = source.resolve(), folder.resolve()
+    if source == folder or source in folder.parents or folder in source.parents:
+        raise ValueError(f"the output folder {folder} and the source {source} must lie apart: the source is kept")
