@@ -65,7 +65,7 @@ class AdapterConfig:
             raise ValueError(f"scaling must be a finite number above 0, got {self.scaling!r}")
         if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.task_type is not None and self.task_type not in TASK_HEADS:
+        if self.task_type is not None and self.task_type not in list(TASK_HEADS):
             raise ValueError(f"task_type must be one of {sorted(TASK_HEADS)} or None, got {self.task_type!r}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -174,7 +174,7 @@ def _check_int(name: str, value: object, minimum: int) -> None:
 
 
 def _check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"act_fn must be one of {sorted(ACTIVATIONS)}, got {name!r}")
 
 

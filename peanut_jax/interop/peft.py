@@ -438,7 +438,7 @@ def config_of(fields: Mapping[str, Any]) -> Config:
         ValueError: another peft_type, an unknown field that is set, a bad value.
     """
     peft_type = fields.get("peft_type")
-    if peft_type not in TYPES:
+    if not isinstance(peft_type, str) or peft_type not in TYPES:
         raise ValueError(f"peft_type must be one of {', '.join(TYPES)}, got {peft_type!r}")
     kind, fixed = TYPES[peft_type]
     own = {field.name for field in dataclasses.fields(kind)}
@@ -461,12 +461,12 @@ def config_of(fields: Mapping[str, Any]) -> Config:
         given["dropout"] = fields.get("lora_dropout", given.get("dropout", 0.0))
         if peft_type == "LORA":
             given["scaling"] = _lora_scaling(fields, fields.get("r"), fields.get("lora_alpha", 8))
-    if given.get("modules_to_save") is not None:  # PEFT writes the heads of the task among them
-        heads = TASK_HEADS.get(given.get("task_type") or "", ())
-        given["modules_to_save"] = [name for name in given["modules_to_save"] if name not in heads] or None
     nullable = {field.name for field in dataclasses.fields(kind) if field.default is None}
     given = {name: value for name, value in given.items() if value not in (None, []) or name not in nullable}
-    return kind(**{**given, **fixed})
+    config = kind(**{**given, **fixed})
+    heads = TASK_HEADS.get(config.task_type or "", ())  # which PEFT writes among the saved modules
+    named = tuple(name for name in config.modules_to_save or () if name not in heads)
+    return dataclasses.replace(config, modules_to_save=named or None)
 
 
 def _fields(config: Config, peft_type: str) -> dict[str, Any]:
@@ -582,9 +582,12 @@ def _check_shapes(
 
 def _pattern(patterns: Any, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name, as PEFT reads rank_pattern."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+    try:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"rank_pattern and alpha_pattern must map regular expressions, got {patterns!r}") from error
     return default
 
 

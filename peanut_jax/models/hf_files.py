@@ -89,9 +89,10 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
 
 def _shards(source: str, index: Path, revision: str | None) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or any(Path(name).name != name for name in weight_map.values()):
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(f"{index} must hold a weight_map from tensor names to files beside it")
-    files = {name: find(source, name, revision) for name in sorted(set(weight_map.values()))}
+    files = {name: find(source, name, revision) for name in sorted(set(names))}
     if absent := [name for name, path in files.items() if path is None]:
         raise FileNotFoundError(f"{index} lists {', '.join(absent)}, which is missing; fetch it again")
     return [path for path in files.values() if path]

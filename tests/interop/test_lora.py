@@ -1,0 +1,275 @@
+"""A trained PEANuT as LoRA in torch, and LoRA as factors and as the start of a PEANuT."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import peanut_jax as pj
+from peanut_jax.interop.lora import to_lora_folder
+from peanut_jax.interop.peft import CONFIG_FILE, WEIGHTS_FILE
+from peanut_jax.tweaker import delta
+from tests.interop.conftest import scanned
+from tests.interop.test_peft import TASK_TYPES, assert_identical, drawn, torch_copy
+from tests.oracle import bridge
+
+ALL = sorted([*TASK_TYPES, "gpt2"])
+
+
+def assert_logits_close(got, want, atol=1e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("orientation", ["output", "input"])
+@pytest.mark.parametrize(("depth", "act_fn"), [(0, "sin"), (1, "relu"), (2, "gelu")])
+@pytest.mark.parametrize("name", ALL)
+def test_export(family, tmp_path, name, depth, act_fn, orientation):
+    """PEFT's LoRA gives the adapted model's logits; from folders alone comes the same directory."""
+    one = family(name)
+    config = pj.PeanutConfig(
+        r=3, depth=depth, act_fn=act_fn, orientation=orientation, scaling=0.3, target_modules=one.targets,
+        init_weights=False, task_type=TASK_TYPES.get(name),
+    )  # fmt: skip
+    adapters = drawn(one.params, config)
+    lora, lora_config = pj.to_lora(adapters, one.params, config, tmp_path / "lora")
+    want = one.logits(pj.merge(one.params, adapters, config))
+    assert np.abs(want - one.logits(one.params)).max() > 1e-2
+    assert_logits_close(one.logits(pj.merge(one.params, lora, lora_config)), want)
+    loaded = peft.PeftModel.from_pretrained(torch_copy(one), tmp_path / "lora")
+    assert_logits_close(one.torch_logits(loaded), want)
+
+    pj.save_adapter(tmp_path / "adapter", adapters, config, one.params)
+    to_lora_folder(tmp_path / "adapter", one.folder, tmp_path / "again")
+    assert (tmp_path / "again" / CONFIG_FILE).read_text() == (tmp_path / "lora" / CONFIG_FILE).read_text()
+    ours, theirs = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("again", "lora"))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-6 * max(1, np.abs(theirs[key]).max()))
+
+
+def test_export_of_scanned_layers(family, tmp_path):
+    one = family("llama")
+    params = scanned(one.params, "model", "layers")
+    config = pj.PeanutConfig(r=3, target_modules=one.targets, layers_to_transform=[1], init_weights=False)
+    adapters = drawn(params, config)
+    pj.to_lora(adapters, params, config, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(torch_copy(one), tmp_path / "lora")
+    pj.save_adapter(tmp_path / "adapter", adapters, config, params)
+    apart, config = pj.load_adapter(tmp_path / "adapter", one.params)
+    assert_logits_close(one.torch_logits(loaded), one.logits(pj.merge(one.params, apart, config)))
+
+
+def test_export_in_bfloat16(family, tmp_path):
+    """Within bfloat16's own rounding: 2^-8 of the largest logit for the two layers' sums."""
+    one = family("llama")
+    config = pj.PeanutConfig(r=3, depth=1, target_modules=one.targets, init_weights=False)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), one.params)
+    adapters = drawn(params, config)
+    pj.to_lora(adapters, params, config, tmp_path)
+    model = torch_copy(one).to(torch.bfloat16)
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path)
+    want = one.torch_logits(peft.PeftModel.from_pretrained(torch_copy(one), tmp_path))
+    plain, got = one.torch_logits(torch_copy(one).to(torch.bfloat16)), one.torch_logits(loaded)
+    rounding = np.abs(plain - one.torch_logits(torch_copy(one))).max() / np.abs(plain).max()
+    assert np.abs(got - want).max() / np.abs(want).max() < max(3 * rounding, 2**-8)
+    exact, full = pj.to_lora(adapters, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), config)
+    rounded, _ = pj.to_lora(adapters, params, config)
+    for path, theta in exact.items():
+        update = delta(theta["a"], theta["b"])
+        got = delta(rounded[path]["a"], rounded[path]["b"])
+        assert float(jnp.abs(got - update).max() / jnp.abs(update).max()) < 2**-6
+    assert full.scaling == config.scaling
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 6},
+        {"lora_alpha": 6, "use_rslora": True},
+        {"rank_pattern": {"layer.0.attention.self.query": 2}, "alpha_pattern": {"value": 3}},
+    ],
+)
+def test_import_as_factors(family, fields):
+    one = family("bert")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False, **fields)
+    model = peft.get_peft_model(torch_copy(one), config)
+    folder = one.folder.parent / f"lora-{len(str(fields))}"
+    model.save_pretrained(folder)
+    pairs = pj.from_lora(folder, one.params)
+    with pj.intercept(pairs):
+        got = one.twin.flax(**one.twin.batch, params=one.params).logits
+    assert_logits_close(got, one.torch_logits(model))
+    if "rank_pattern" in fields:
+        with pytest.raises(ValueError, match=r"from_lora reads it"):
+            pj.load_adapter(folder, one.params)
+    else:
+        adapters, config = pj.load_adapter(folder, one.params)
+        assert isinstance(config, pj.LoraConfig)
+        assert_logits_close(one.logits(pj.merge(one.params, adapters, config)), one.torch_logits(model))
+
+
+def test_import_into_a_stack(family, tmp_path):
+    """Ranks that differ from layer to layer are filled up with zeros."""
+    one = family("llama")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, rank_pattern={"layers.0.self_attn.q_proj": 2}
+    )
+    peft.get_peft_model(torch_copy(one), config).save_pretrained(tmp_path)
+    params = scanned(one.params, "model", "layers")
+    apart, stack = pj.from_lora(tmp_path, one.params), pj.from_lora(tmp_path, params)
+    (left, right), path = stack["model/layers/self_attn/q_proj/kernel"], "model/layers/{}/self_attn/q_proj/kernel"
+    assert left.shape == (2, 32, 4)
+    for row in (0, 1):
+        np.testing.assert_allclose(delta(left[row], right[row]), delta(*apart[path.format(row)]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "leaky_relu", "gelu", "silu", "softplus", "linear"])
+@pytest.mark.parametrize("orientation", ["output", "input"])
+def test_a_lora_as_the_start_of_a_peanut(family, tmp_path, act_fn, orientation):
+    """Exact where the kernel has full rank on the side that is read, the projection elsewhere (Prop. 3.2)."""
+    one = family("llama")
+    lora = pj.LoraConfig(r=3, target_modules=["up_proj", "down_proj", "q_proj"], scaling=0.7)
+    adapters = drawn(one.params, lora)
+    adapters = {path: theta | {"b": jnp.ones_like(theta["b"])} for path, theta in adapters.items()}
+    pj.save_adapter(tmp_path, adapters, lora, one.params)
+    pairs = pj.from_lora(tmp_path, one.params)
+    config = pj.PeanutConfig(
+        r=6, act_fn=act_fn, orientation=orientation, target_modules=lora.target_modules, scaling=0.5
+    )
+    start, errors = pj.init_from_factors(pairs, one.params, config)
+    exact, projected = ("up_proj", "down_proj") if orientation == "output" else ("down_proj", "up_proj")
+    for path, pair in pj.factors(start, one.params, config).items():
+        kernel = one.params["model"]["layers"][path.split("/")[2]][path.split("/")[3]][path.split("/")[4]]["kernel"]
+        want, kernel = np.asarray(delta(*pairs[path]), np.float64), np.asarray(kernel, np.float64)
+        if projected in path:
+            assert errors[path] > 0.1
+            on = kernel if orientation == "output" else kernel.T
+            projector = on @ np.linalg.pinv(on)
+            want = projector @ want if orientation == "output" else want @ projector
+        elif exact in path:
+            assert errors[path] < 1e-4
+        else:
+            assert errors[path] < 5e-3  # square, so as well conditioned as chance has it
+        np.testing.assert_allclose(delta(*pair), want, rtol=0, atol=5e-3 * np.abs(want).max())
+
+
+def test_the_error_is_the_one_reported(family):
+    """Of a stack, one number a layer."""
+    one = family("llama")
+    params = scanned(one.params, "model", "layers")
+    lora = pj.LoraConfig(r=2, target_modules=["down_proj"])
+    adapters = {path: theta | {"b": jnp.ones_like(theta["b"])} for path, theta in drawn(params, lora).items()}
+    pairs = pj.factors(adapters, params, lora)
+    config = pj.PeanutConfig(r=4, target_modules=["down_proj"])
+    start, errors = pj.init_from_factors(pairs, params, config)
+    ((path, error),) = errors.items()
+    got = np.asarray(delta(*pj.factors(start, params, config)[path]))
+    want = np.asarray(delta(*pairs[path]))
+    norms = np.linalg.norm(got - want, axis=(1, 2)) / np.linalg.norm(want, axis=(1, 2))
+    assert error.shape == (2,)
+    np.testing.assert_allclose(error, norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act_fn": "tanh"}, r"act\(x\) - act\(-x\) is c x .* act_fn='tanh'"),
+        ({"depth": 1}, r"depth=1"),
+        ({"r": 5}, r"config\.r must be 4, twice the rank of the update of 'bert/.*got 5"),
+        ({"target_modules": ["value"]}, r"differs"),
+    ],
+)
+def test_bad_starts(family, change, message):
+    one = family("bert")
+    lora = pj.LoraConfig(r=2, target_modules=["query"])
+    pairs = pj.factors(pj.init(jax.random.key(0), one.params, lora), one.params, lora)
+    config = pj.PeanutConfig(**{"r": 4, "target_modules": ["query"], **change})
+    with pytest.raises(ValueError, match=message):
+        pj.init_from_factors(pairs, one.params, config)
+
+
+@pytest.fixture
+def lora_folder(family, tmp_path):
+    one = family("bert")
+    config = pj.LoraConfig(r=2, target_modules=["query"])
+    pj.save_adapter(tmp_path, drawn(one.params, config), config, one.params)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, r"use_dora=True is not supported"),
+        ({"bias": "all"}, r"bias='all' is not supported"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=.* is not supported"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' trains on a changed base"),
+        ({"lora_alpha": -1}, r"lora_alpha must be a number above 0"),
+        ({"lora_alpha": None}, r"lora_alpha must be a number above 0"),
+    ],
+)
+def test_loras_that_are_another_function(family, lora_folder, change, message):
+    fields = json.loads((lora_folder / CONFIG_FILE).read_text())
+    (lora_folder / CONFIG_FILE).write_text(json.dumps(fields | change))
+    for read in (pj.from_lora, pj.load_adapter):
+        with pytest.raises(ValueError, match=message):
+            read(lora_folder, family("bert").params)
+
+
+def test_from_lora_refuses_what_factors_cannot_hold(family, tmp_path):
+    one = family("bert")
+    for name, config in {
+        "heads": pj.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
+        "peanut": pj.PeanutConfig(r=2, target_modules=["query"]),
+    }.items():
+        pj.save_adapter(tmp_path / name, drawn(one.params, config), config, one.params)
+    with pytest.raises(ValueError, match=r"saved modules \('classifier"):
+        pj.from_lora(tmp_path / "heads", one.params)
+    with pytest.raises(ValueError, match=r"a PEANuT, not a LoRA"):
+        pj.from_lora(tmp_path / "peanut", one.params)
+    adapters, config = pj.load_adapter(tmp_path / "heads", one.params)
+    assert_identical(adapters, drawn(one.params, config))
+
+
+def test_an_adapter_of_another_base_is_not_exported(family, tmp_path):
+    one, checkpoint = family("bert"), tmp_path / "other"
+    config = pj.PeanutConfig(r=2, target_modules=["query"])
+    pj.save_adapter(tmp_path / "adapter", drawn(one.params, config), config, one.params)
+    torch.manual_seed(5)
+    shutil.copytree(one.folder, checkpoint)
+    type(one.twin.torch)(one.twin.torch.config).save_pretrained(checkpoint)
+    with pytest.raises(
+        ValueError, match=r"another base than .*'bert\.encoder\.layer\.0\.attention\.self\.query' differs"
+    ):
+        to_lora_folder(tmp_path / "adapter", checkpoint, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    to_lora_folder(tmp_path / "adapter", checkpoint, tmp_path / "lora", check_base=False)
+
+
+def test_nans_are_not_exported(family, tmp_path):
+    one = family("bert")
+    config = pj.PeanutConfig(r=2, target_modules=["query"])
+    adapters = drawn(one.params, config)
+    path = next(iter(adapters))
+    adapters[path]["a"] = adapters[path]["a"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match=f"NaNs detected in the factors of {path!r}"):
+        pj.to_lora(adapters, one.params, config, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_lora_bridge_matches(family, tmp_path):
+    """PEFT's own PEANuT, exported from its directory, is PEFT's LoRA with the same logits."""
+    one = family("roberta")
+    theirs = bridge.wrap(
+        one.twin.torch, r=4, depth=1, target_modules=["query"], init_weights=False, task_type="SEQ_CLS"
+    )
+    theirs.save_pretrained(tmp_path / "peanut")
+    to_lora_folder(tmp_path / "peanut", one.folder, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(torch_copy(one), tmp_path / "lora")
+    assert_logits_close(one.torch_logits(loaded), one.torch_logits(theirs))

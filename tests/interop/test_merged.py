@@ -1,0 +1,431 @@
+"""Merged checkpoints: what torch loads from them, what changed in the files, and what happens when things go wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import peanut_jax as pj
+from peanut_jax.interop.checkpoint import MERGED_FILE
+from peanut_jax.interop.files import read_header
+from peanut_jax.interop.merged import merge_folders
+from peanut_jax.kernels import flatten
+from peanut_jax.models import hf
+from tests.interop.conftest import scanned
+from tests.interop.test_lora import ALL, assert_logits_close
+from tests.interop.test_peft import TASK_TYPES, drawn
+from tests.oracle import bridge
+
+INDEX = "model.safetensors.index.json"
+
+
+def contents(folder):
+    """Every tensor's bytes, by name, over all shards."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: array.tobytes() for file in files for name, array in raw(file).items()}
+
+
+def raw(file):
+    header = read_header(file)
+    data = file.read_bytes()[header.data :]
+    return {name: np.frombuffer(data[e.start : e.stop], np.uint8) for name, e in header.entries.items()}
+
+
+def from_pretrained(one, folder):
+    return type(one.twin.torch).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("orientation", ["output", "input"])
+@pytest.mark.parametrize("name", ALL)
+def test_torch_gives_the_adapted_logits(family, tmp_path, name, orientation):
+    one = family(name)
+    config = pj.PeanutConfig(
+        r=3, depth=1, act_fn="gelu", orientation=orientation, scaling=0.3, target_modules=one.targets,
+        init_weights=False, task_type=TASK_TYPES.get(name), modules_to_save=["classifier"] if name == "vit" else None,
+    )  # fmt: skip
+    adapters = drawn(one.params, config)
+    pj.export_merged(one.folder, tmp_path / "out", adapters, config)
+    want = one.logits(pj.merge(one.params, adapters, config))
+    assert np.abs(want - one.logits(one.params)).max() > 1e-2
+    assert_logits_close(one.torch_logits(from_pretrained(one, tmp_path / "out")), want)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A bfloat16 Llama in shards, with a tokenizer file, a folder and stale copies of the weights beside it."""
+    folder = tmp_path_factory.mktemp("sharded")
+    family = bridge.FAMILIES["llama"]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(family.config(**{**bridge.SIZES, **family.fields}))
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12KB")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+        (folder / name).write_bytes(b"old weights")
+    assert len(list(folder.glob("model-*.safetensors"))) >= 4
+    return folder
+
+
+def test_only_adapted_tensors_change(sharded, tmp_path):
+    _, params = hf.load(sharded, "causal-lm", dtype=jnp.bfloat16)
+    config = pj.PeanutConfig(r=3, target_modules=["q_proj", "down_proj"], init_weights=False)
+    adapters = drawn(params, config)
+    pj.export_merged(sharded, tmp_path / "out", adapters, config, base_fingerprint=pj.fingerprint(params, config))
+    (sharded / "consolidated.safetensors").rename(tmp_path / "aside")
+    before, after = contents(sharded), contents(tmp_path / "out")
+    (tmp_path / "aside").rename(sharded / "consolidated.safetensors")
+    assert list(before) == list(after)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "q_proj" in name or "down_proj" in name}
+    # The same bits as merging in Flax gives, in the checkpoint's dtype.
+    merged = flatten(pj.merge(params, adapters, config))
+    for name in changed:
+        want = merged[name.replace(".", "/").replace("weight", "kernel")].T
+        got = np.frombuffer(after[name], jnp.bfloat16).reshape(want.shape)
+        np.testing.assert_array_equal(got, np.asarray(want))
+    # Files: the same, but for the weights, their stale copies and the record of the merge.
+    names = {str(file.relative_to(sharded)) for file in sharded.rglob("*")}
+    assert {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*")} == (
+        names - {"pytorch_model.bin", "consolidated.safetensors", "model.gguf"}
+    ) | {MERGED_FILE}
+    for name in ("config.json", INDEX, "tokenizer.json", "generation_config.json", "1_Pooling/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (sharded / name).read_bytes()
+    for file in sharded.glob("model-*.safetensors"):
+        head = read_header(file).data
+        assert file.read_bytes()[:head] == (tmp_path / "out" / file.name).read_bytes()[:head]
+    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o777 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_scanned_layers_and_chosen_ones(sharded, tmp_path):
+    _, params = hf.load(sharded, "causal-lm", dtype=jnp.bfloat16)
+    stack = scanned(params, "model", "layers")
+    config = pj.PeanutConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1], init_weights=False)
+    adapters = drawn(stack, config)
+    pj.export_merged(sharded, tmp_path / "out", adapters, config)
+    got = flatten(hf.load(tmp_path / "out", "causal-lm", dtype=jnp.bfloat16)[1])
+    want = flatten(scanned(hf.load(tmp_path / "out", "causal-lm", dtype=jnp.bfloat16)[1], "model", "layers"))
+    merged = flatten(pj.merge(stack, adapters, config))
+    for path, leaf in merged.items():
+        np.testing.assert_array_equal(want[path], leaf, err_msg=path)
+    changed = {path for path, leaf in flatten(params).items() if not np.array_equal(leaf, got[path])}
+    assert changed == {"model/layers/1/self_attn/q_proj/kernel"}
+
+
+def test_two_adapters_add_up(family, tmp_path):
+    one = family("bert")
+    configs = [
+        pj.PeanutConfig(r=3, target_modules=["query"], init_weights=False),
+        pj.LoraConfig(r=2, target_modules=["query", "value"]),
+    ]
+    both = [jax.tree.map(lambda leaf: leaf + 0.05, drawn(one.params, config)) for config in configs]
+    pj.export_merged(one.folder, tmp_path / "api", both, configs)
+    for name, adapters, config in zip("ab", both, configs, strict=True):
+        pj.save_adapter(tmp_path / name, adapters, config, one.params)
+    merge_folders(one.folder, [tmp_path / "a", tmp_path / "b"], tmp_path / "folders")
+    assert contents(tmp_path / "api") == contents(tmp_path / "folders")
+    pairs = pj.combine(*(pj.factors(a, one.params, c) for a, c in zip(both, configs, strict=True)))
+    with pj.intercept(pairs):
+        want = one.twin.flax(**one.twin.batch, params=one.params).logits
+    assert_logits_close(one.torch_logits(from_pretrained(one, tmp_path / "api")), want)
+
+
+# ---- prefixes and heads
+
+
+@pytest.mark.parametrize("name", ["roberta", "bert", "vit"])
+def test_a_new_head_on_a_bare_base(family, tmp_path, name):
+    """The checkpoint of a base without a head: the head is added, and torch finds everything."""
+    one = family(name)
+    base = tmp_path / "base"
+    one.twin.torch.base_model.save_pretrained(base)
+    config = pj.PeanutConfig(
+        r=3, target_modules=["query"], init_weights=False, task_type="SEQ_CLS" if name != "vit" else None,
+        modules_to_save=["classifier"] if name == "vit" else None,
+    )  # fmt: skip
+    adapters = drawn(one.params, config)
+    pj.export_merged(base, tmp_path / "out", adapters, config)
+    want = one.logits(pj.merge(one.params, adapters, config))
+    if name == "vit":  # no task_type names the class: the caller does
+        model = type(one.twin.torch).from_pretrained(tmp_path / "out", num_labels=3)
+    else:
+        auto = transformers.AutoModelForSequenceClassification
+        model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert type(model) is type(one.twin.torch)
+        assert model.config.architectures == [type(model).__name__]
+        assert model.config.num_labels == 3
+    assert_logits_close(one.torch_logits(model), want)
+
+
+def test_a_new_head_in_shards(family, tmp_path):
+    """Names gain the prefix in every shard and in the index."""
+    one = family("bert")
+    one.twin.torch.base_model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    config = pj.PeanutConfig(r=3, target_modules=["query"], init_weights=False, task_type="SEQ_CLS")
+    adapters = drawn(one.params, config)
+    pj.export_merged(tmp_path / "base", tmp_path / "out", adapters, config)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert_logits_close(one.torch_logits(model), one.logits(pj.merge(one.params, adapters, config)))
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(len(data) for data in contents(tmp_path / "out").values())
+
+
+def test_an_adapter_of_the_base_on_a_checkpoint_with_a_head(family, tmp_path):
+    one = family("bert")
+    _, params = hf.load(one.folder, "base")
+    config = pj.PeanutConfig(r=3, target_modules=["query"], init_weights=False)
+    adapters = drawn(params, config)
+    assert next(iter(adapters)).startswith("encoder/")
+    pj.export_merged(one.folder, tmp_path / "out", adapters, config)
+    on_head = {f"bert/{path}": theta for path, theta in adapters.items()}
+    want = one.logits(pj.merge(one.params, on_head, config))
+    assert_logits_close(one.torch_logits(from_pretrained(one, tmp_path / "out")), want)
+
+
+def test_old_names_of_layer_norms(family, tmp_path):
+    one = family("bert")
+    shutil.copytree(one.folder, tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {}
+    for name, array in load_file(file).items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        tensors[name] = array
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = pj.PeanutConfig(r=2, target_modules=["query"], modules_to_save=["embeddings.LayerNorm"])
+    adapters = drawn(one.params, config)
+    pj.export_merged(tmp_path / "old", tmp_path / "out", adapters, config)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == tensors.keys()
+    scale = adapters["bert/embeddings/LayerNorm/scale"]
+    np.testing.assert_array_equal(after["bert.embeddings.LayerNorm.gamma"], scale)
+
+
+def test_a_head_of_another_size_is_refused(family, tmp_path):
+    one = family("bert")
+    config = pj.PeanutConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    adapters = drawn(one.params, config)
+    adapters["classifier/kernel"], adapters["classifier/bias"] = jnp.ones((32, 5)), jnp.ones(5)
+    with pytest.raises(ValueError, match=r"'classifier\.(bias|weight)' is \(5.*\) in adapter 0 and \(3"):
+        pj.export_merged(one.folder, tmp_path / "out", adapters, config)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- bad input: one clear error, and the disk as it was
+
+
+@pytest.fixture
+def case(family, tmp_path):
+    """A checkpoint of its own, an adapter directory for it, and the adapter."""
+    one = family("bert")
+    source = tmp_path / "source"
+    one.twin.torch.save_pretrained(source, max_shard_size="20KB")
+    config = pj.PeanutConfig(r=2, target_modules=["query"], init_weights=False)
+    adapters = drawn(one.params, config)
+    pj.save_adapter(tmp_path / "adapter", adapters, config, one.params)
+    return source, tmp_path / "adapter", tmp_path / "out"
+
+
+def assert_nothing_left(out, *, kept=("source", "adapter")):
+    assert sorted(path.name for path in out.parent.iterdir()) == sorted(kept)
+
+
+def test_an_existing_folder(case):
+    source, adapter, out = case
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"exists; give another folder, or overwrite=True \(--overwrite\)"):
+        merge_folders(source, [adapter], out)
+    assert (out / "mine").read_text() == "keep"
+    merge_folders(source, [adapter], out, overwrite=True)
+    assert not (out / "mine").exists()
+    assert_nothing_left(out, kept=("source", "adapter", "out"))
+
+
+def test_a_crash_keeps_the_old_folder(case, monkeypatch):
+    source, adapter, out = case
+    merge_folders(source, [adapter], out)
+    before = contents(out)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peanut_jax.interop.merged.write_entry", fail)
+    with pytest.raises(KeyboardInterrupt):
+        merge_folders(source, [adapter], out, overwrite=True)
+    assert contents(out) == before
+    assert_nothing_left(out, kept=("source", "adapter", "out"))
+
+
+def test_merged_weights_as_a_base(case):
+    source, adapter, out = case
+    merge_folders(source, [adapter], out)
+    with pytest.raises(ValueError, match=r"holds merged weights"):
+        merge_folders(out, [adapter], out.parent / "twice")
+    (out / MERGED_FILE).unlink()
+    with pytest.raises(ValueError, match=r"another base.*layer\.0\.attention\.self\.query' differs"):
+        merge_folders(out, [adapter], out.parent / "twice")
+    assert not (out.parent / "twice").exists()
+
+
+def test_another_base(case):
+    source, adapter, out = case
+    file = source / json.loads((source / INDEX).read_text())["weight_map"][NAME]
+    tensors = load_file(file)
+    tensors[NAME] = tensors[NAME] * 1.1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"another base.*layer\.1\.attention\.self\.query' differs"):
+        merge_folders(source, [adapter], out)
+    assert_nothing_left(out)
+    merge_folders(source, [adapter], out, check_base=False)
+
+
+NAME = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+def index_with(source, change):
+    index = json.loads((source / INDEX).read_text())
+    change(index["weight_map"])
+    (source / INDEX).write_text(json.dumps(index))
+
+
+def first_shard(source):
+    return sorted(source.glob("*.safetensors"))[0]
+
+
+def add_flax_format(source):
+    for file in source.glob("*.safetensors"):
+        save_file(load_file(file), file, metadata={"format": "flax"})
+
+
+def twice(source):
+    files = sorted(source.glob("*.safetensors"))
+    name = next(iter(load_file(files[0])))
+    save_file({**load_file(files[1]), name: np.ones(2, np.float32)}, files[1], metadata={"format": "pt"})
+
+
+def quantised(source):
+    file = source / json.loads((source / INDEX).read_text())["weight_map"][NAME]
+    tensors = load_file(file)
+    save_file({**tensors, NAME: tensors[NAME].astype(np.int8)}, file, metadata={"format": "pt"})
+
+
+def pickles_only(source):
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda s: (s / "config.json").unlink(), FileNotFoundError, r"has no config\.json"),
+        (lambda s: first_shard(s).unlink(), FileNotFoundError, r"lists model-00001.*which is missing"),
+        (lambda s: first_shard(s).write_bytes(first_shard(s).read_bytes()[:-1]), ValueError, r"truncated or corrupt"),
+        (lambda s: first_shard(s).write_bytes(b""), ValueError, r"truncated or corrupt"),
+        (lambda s: index_with(s, lambda m: m.update({NAME: "../../secret"})), ValueError, r"files beside it"),
+        (lambda s: index_with(s, lambda m: m.update({NAME: "/etc/passwd"})), ValueError, r"files beside it"),
+        (lambda s: index_with(s, lambda m: m.update({NAME: 3})), ValueError, r"files beside it"),
+        (lambda s: index_with(s, lambda m: m.pop(NAME)), ValueError, r"disagree about 'bert"),
+        (lambda s: index_with(s, lambda m: m.update({"ghost": m[NAME]})), ValueError, r"disagree about 'ghost'"),
+        (lambda s: (s / INDEX).write_text("{"), ValueError, r"not valid JSON"),
+        (add_flax_format, ValueError, r"saved by 'flax'; only PyTorch's names"),
+        (twice, ValueError, r"is in model-00001.* and in model-00002"),
+        (quantised, ValueError, r"dtype I8: quantised weights"),
+        (pickles_only, FileNotFoundError, r"Pickle files \(\.bin\) are never read"),
+    ],
+)
+def test_damaged_sources(case, damage, error, message):
+    source, adapter, out = case
+    damage(source)
+    with pytest.raises(error, match=message):
+        merge_folders(source, [adapter], out)
+    assert_nothing_left(out)
+
+
+def test_an_adapter_of_another_architecture(family, case):
+    source, _, out = case
+    one = family("llama")
+    config = pj.PeanutConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"has no tensor 'model\.layers\.0\.self_attn\.q_proj\.weight', nor under"):
+        pj.export_merged(source, out, drawn(one.params, config), config)
+
+
+def test_an_adapter_of_another_width(case):
+    source, _, out = case
+    config = pj.PeanutConfig(r=2, target_modules=["query"])
+    adapters = {
+        f"bert/encoder/layer/{i}/attention/self/query/kernel": {"a": jnp.ones((64, 2)), "b": jnp.ones((2, 64))}
+        for i in range(2)
+    }
+    with pytest.raises(ValueError, match=r"is \[32, 32\] in the checkpoint, for which a must be \(32, 2\)"):
+        pj.export_merged(source, out, adapters, config)
+
+
+@pytest.mark.parametrize("out", ["source", "source/inside", "."])
+def test_folders_that_overlap(case, out):
+    source, adapter, _ = case
+    with pytest.raises((ValueError, FileExistsError), match=r"must lie apart"):
+        merge_folders(source, [adapter], source.parent / out, overwrite=True)
+    assert (source / "config.json").is_file()
+
+
+def test_nans(case, family):
+    source, _, out = case
+    one = family("bert")
+    config = pj.PeanutConfig(r=2, target_modules=["query"], init_weights=False)
+    adapters = jax.tree.map(lambda leaf: leaf.at[0, 0].set(jnp.inf), drawn(one.params, config))
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights.*query\.weight'"):
+        pj.export_merged(source, out, adapters, config)
+    assert_nothing_left(out)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from peanut_jax.interop.merged import merge_folders
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+try:
+    merge_folders(sys.argv[1], [sys.argv[2]], sys.argv[3])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up(case):
+    """A limit on the size of files stands in for the disk's: the write fails in the same place."""
+    source, adapter, out = case
+    command = [sys.executable, "-c", FULL_DISK, str(source), str(adapter), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"writing {out}; nothing of it was left behind" in result.stdout
+    assert_nothing_left(out)
+
+
+def test_safetensors_of_other_writers(case):
+    """Metadata that is missing, and tensors in an order that is not the names'."""
+    source, adapter, out = case
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, "np") as opened:
+            names = list(opened.keys())
+        tensors = load_file(file)
+        save_file({name: tensors[name] for name in reversed(names)}, file)
+    merge_folders(source, [adapter], out)
+    assert contents(out).keys() == contents(source).keys()
