@@ -1,45 +1,127 @@
 """The `peanut-jax` command."""
 
 import argparse
-import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from peanut_jax.adapters import init
 from peanut_jax.config import ALL_LINEAR, PeanutConfig
+from peanut_jax.interop import peft
+from peanut_jax.interop.lora import to_lora_folder
+from peanut_jax.interop.merged import merge_folders
+from peanut_jax.interop.verify import compare
 from peanut_jax.kernels import flatten
 from peanut_jax.models import hf
+from peanut_jax.models.hf_files import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 1 after one line on stderr for a user's error."""
+    """Runs the command line.
+
+    Returns:
+        The exit code: 0; 1 after one line on stderr for a user's error, or where `verify` finds a difference; 2 for
+        arguments that argparse refuses.
+    """
     # transformers announces on every use that its Flax classes end with version 5, which pyproject.toml knows.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args = _parser().parse_args(argv)
+    _show_notes()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"peanut-jax: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except KeyboardInterrupt:
+        print("peanut-jax: interrupted; nothing was written", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peanut-jax", description="PEANuT adapters for Flax models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
-        "inspect",
-        help="show what a config would adapt in a model",
-        description="Show which kernels a config would adapt in a model: paths, shapes, parameters. Reads config.json "
-        "alone, so no weights are needed.",
+    parser = argparse.ArgumentParser(
+        prog="peanut-jax",
+        description="PEANuT adapters and Hugging Face checkpoints, on folders. PyTorch is not needed.",
+        epilog="peanut-jax COMMAND --help says more.",
     )
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", help="folder with config.json, or hub name")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_inspect(commands)
+
+    merge = _command(
+        commands,
+        "merge",
+        _merge,
+        "write the base checkpoint with adapters merged in",
+        "Write the base checkpoint with W0 + dW in place of each adapted kernel, for transformers, vLLM or llama.cpp. "
+        "Every other tensor keeps its bytes; names, shards, dtypes, configuration and tokenizer stay. Several adapters "
+        "are added up, each computed from the original kernels.",
+    )
+    merge.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
+    merge.add_argument(
+        "--adapter", action="append", required=True, metavar="DIR", help="adapter folder; may be repeated"
+    )
+    merge.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears whole or not"
+    )
+    merge.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    _add_base_check(merge)
+
+    lora = _command(
+        commands,
+        "to-lora",
+        _to_lora,
+        "write an adapter as the LoRA that it is",
+        "Write an adapter as a standard PEFT LoRA directory, which vLLM, llama.cpp and PEFT serve on the same base. "
+        "Nothing is approximated. Of the base, the adapted kernels alone are read.",
+    )
+    lora.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
+    lora.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
+    lora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    _add_base_check(lora)
+
+    verify = _command(
+        commands,
+        "verify",
+        _verify,
+        "compare a base with an adapter to what was exported from it",
+        "Run BASE with the adapter, and OTHER, on the same random input in float32, and print the largest difference "
+        "of their logits. Exits with 1 if it is above the tolerance.",
+    )
+    verify.add_argument("base", metavar="BASE", help="folder of the base checkpoint, or hub name")
+    verify.add_argument("other", metavar="OTHER", help="folder of a merged checkpoint, or of another adapter of BASE")
+    verify.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
+    verify.add_argument("--seed", type=int, default=0, help="of the random input (default: %(default)s)")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference allowed, as a share of the largest logit (default: %(default)s, for float32 files; a "
+        "merged bfloat16 checkpoint is rounded to 8 bits: 0.02)",
+    )
+    return parser
+
+
+def _command(commands, name, run, summary, description) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=description)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_inspect(commands) -> None:
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "show what a config would adapt in a model, or what an adapter folder holds",
+        "Show which kernels a config would adapt in a model: paths, shapes, parameters. Reads config.json alone, so no "
+        "weights are needed. Of an adapter folder, show the modules and fields that it holds.",
+    )
+    inspect.add_argument("model", help="folder with config.json, hub name, or adapter folder")
     inspect.add_argument(
         "--task",
         choices=sorted(hf.TASKS),
@@ -57,12 +139,127 @@ def _parser() -> argparse.ArgumentParser:
     fields.add_argument("--modules-to-save", nargs="+", metavar="NAME")
     fields.add_argument("--layers-to-transform", nargs="+", type=int, metavar="LAYER")
     fields.add_argument("--task-type", help="HF PEFT's, such as SEQ_CLS: its head is saved too")
-    return parser
+
+
+def _add_base_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-base-check",
+        action="store_true",
+        help="do not compare the base with the fingerprint that was saved with the adapter",
+    )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    merge_folders(
+        args.base,
+        args.adapter,
+        args.out,
+        overwrite=args.overwrite,
+        check_base=not args.no_base_check,
+        track=lambda names: _track(names, "merging"),
+    )
+    print(f"{args.out}: {args.base} with {' + '.join(args.adapter)} merged in")
+
+
+def _to_lora(args: argparse.Namespace) -> None:
+    to_lora_folder(
+        args.adapter,
+        args.base,
+        args.out,
+        check_base=not args.no_base_check,
+        track=lambda names: _track(names, "converting"),
+    )
+    config = peft.read(args.out).config
+    print(f"{args.out}: LoRA of rank {config.r}, lora_alpha = {config.r * config.scaling:g}, of {args.base}")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    found = compare(args.base, args.other, args.adapter, seed=args.seed)
+    print(
+        f"largest logit difference {found.largest:.3g}, of logits up to {found.scale:.3g}: {found.relative:.2g} "
+        f"(tolerance {args.tolerance:g}; logits of shape {found.shape})"
+    )
+    # "not <=" also catches a NaN.
+    return 0 if found.relative <= args.tolerance else 1
+
+
+def _track(names: list[str], description: str) -> Iterator[str]:
+    """The names, with a bar on stderr that says which is at work."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=len(names))
+        for name in names:
+            progress.update(task, description=f"{description} {name}")
+            yield name
+            progress.advance(task)
+        progress.update(task, description=description)
+
+
+def _show_notes() -> None:
+    """The library's warnings, one line each on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("peanut-jax: note: %(message)s"))
+    logging.getLogger("peanut_jax").handlers = [handler]
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    folder = Path(args.model)
+    if (folder / peft.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        return _inspect_adapter(args.model)
+    config = _config(args)
+    model_type, shapes = hf.shapes(args.model, args.task)
+    flat = flatten(shapes)
+    adapters = jax.eval_shape(lambda params: init(jax.random.key(0), params, config), shapes)
+    total = sum(leaf.size for leaf in flat.values())
+    table = _table("kernel", "shape", "parameters", "share of the model", title=f"{model_type}: {args.model}")
+    trained = 0
+    for path, value in adapters.items():
+        size = sum(leaf.size for leaf in jax.tree.leaves(value))
+        trained += size
+        table.add_row(
+            path if isinstance(value, dict) else f"{path} (saved)",
+            " x ".join(map(str, flat[path].shape)),
+            f"{size:,}",
+            f"{size / total:.4%}",
+        )
+    table.add_section()
+    table.add_row(f"{len(adapters)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
+    _print(table)
+
+
+def _inspect_adapter(folder: str) -> None:
+    adapter = peft.read(folder)
+    peft_type = peft.type_of(adapter.config)
+    table = _table("module", "parameters", "base fingerprint", title=f"{peft_type}: {folder}")
+    total = 0
+    for module, theta in adapter.thetas.items():
+        size = sum(leaf.size for leaf in theta.values())
+        total += size
+        table.add_row(module, f"{size:,}", adapter.fingerprint.get(module, "none"))
+    for name, array in adapter.saved.items():
+        total += array.size
+        table.add_row(f"{name} (saved)", f"{array.size:,}", "")
+    table.add_section()
+    table.add_row(f"{len(adapter.thetas)} modules, {len(adapter.saved)} saved tensors", f"{total:,}", "")
+    _print(table)
+    fields = {name: value for name, value in vars(adapter.config).items() if value is not None}
+    print(", ".join(f"{name}={value!r}" for name, value in fields.items()))
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(*columns, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _config(args: argparse.Namespace) -> PeanutConfig:
     names = ("r", "depth", "orientation", "target_modules", "exclude_modules", "modules_to_save")
-    fields = _config_file(args.config) if args.config else {}
+    fields = vars(_config_file(args.config)).copy() if args.config else {}
     for name in (*names, "layers_to_transform", "task_type"):
         value = getattr(args, name)
         if value is not None:
@@ -76,39 +273,9 @@ def _config(args: argparse.Namespace) -> PeanutConfig:
     return PeanutConfig(**fields)
 
 
-def _config_file(path: Path) -> dict:
-    """The fields of an `adapter_config.json` that PeanutConfig has; those of HF PEFT's bookkeeping are left out."""
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") != "PEANUT":
-        found = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"{path} must hold a PEANuT config (peft_type 'PEANUT'), found {found!r}")
-    return {name: fields[name] for name in PeanutConfig.__dataclass_fields__ if name in fields}
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    import jax
-
-    config = _config(args)
-    model_type, shapes = hf.shapes(args.model, args.task)
-    flat = flatten(shapes)
-    adapters = jax.eval_shape(lambda params: init(jax.random.key(0), params, config), shapes)
-    total = sum(leaf.size for leaf in flat.values())
-    table = Table("kernel", "shape", "parameters", "share of the model", title=f"{model_type}: {args.model}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    trained = 0
-    for path, value in adapters.items():
-        size = sum(leaf.size for leaf in jax.tree.leaves(value))
-        trained += size
-        table.add_row(
-            path if isinstance(value, dict) else f"{path} (saved)",
-            " x ".join(map(str, flat[path].shape)),
-            f"{size:,}",
-            f"{size / total:.4%}",
-        )
-    table.add_section()
-    table.add_row(f"{len(adapters)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def _config_file(path: Path) -> PeanutConfig:
+    fields = read_json(path)
+    config = peft.config_of(fields)
+    if not isinstance(config, PeanutConfig):
+        raise ValueError(f"{path} must hold a PEANuT config (peft_type 'PEANUT'), found {fields['peft_type']!r}")
+    return config

@@ -1,11 +1,18 @@
-"""`peanut-jax inspect` on model folders: what it prints, and one line for a user's error."""
+"""`peanut-jax` on folders: what it prints and writes, and one line for a user's error."""
 
 import json
+import re
+import shutil
 
+import jax
 import pytest
-from transformers import GPT2Config, RobertaConfig, ViTConfig
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import GPT2Config, RobertaConfig, RobertaForSequenceClassification, ViTConfig
 
+import peanut_jax as pj
 from peanut_jax.cli import main
+from peanut_jax.models import hf
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -99,3 +106,104 @@ def test_a_folder_without_a_config(tmp_path, capsys):
     code, _, err = run(capsys, tmp_path)
     assert code == 1
     assert "has no config.json" in err
+
+
+# ---- merge, to-lora, verify, and inspect of an adapter
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny RoBERTa as torch saves it and a PEANuT with a head for it."""
+    folder = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    config = RobertaConfig(**TINY, vocab_size=50, max_position_embeddings=24, num_labels=3, initializer_range=0.2)
+    RobertaForSequenceClassification(config).save_pretrained(folder / "base")
+    _, params = hf.load(folder / "base", "sequence-classification")
+    config = pj.PeanutConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False)
+    pj.save_adapter(folder / "adapter", pj.init(jax.random.key(0), params, config), config, params)
+    return folder
+
+
+def command(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_whole_road(folders, tmp_path, capsys):
+    base, adapter = folders / "base", folders / "adapter"
+    code, out, err = command(capsys, "merge", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert code == 0
+    assert "merged in" in out
+    assert "4/4" in err or "8/8" in err  # the bar: kernels, and the head's tensors
+    code, out, _ = command(capsys, "to-lora", base, "--adapter", adapter, "--out", tmp_path / "lora")
+    assert code == 0
+    assert "LoRA of rank 4, lora_alpha = 4" in out
+    for other in ("merged", "lora"):
+        code, out, _ = command(capsys, "verify", base, tmp_path / other, "--adapter", adapter)
+        assert code == 0
+        assert float(re.search(r"difference ([^,]+),", out)[1]) < 1e-5
+    code, out, _ = command(capsys, "verify", base, base, "--adapter", adapter)
+    assert code == 1
+    assert float(re.search(r"difference ([^,]+),", out)[1]) > 1e-2
+
+
+def test_inspect_of_an_adapter(folders, capsys):
+    code, out, _ = run(capsys, folders / "adapter")
+    assert code == 0
+    assert "PEANUT" in out
+    assert "roberta.encoder.layer.1.attention.self.value" in out
+    assert "classifier.out_proj.weight (saved)" in out
+    assert "target_modules=('query', 'value')" in out
+    assert len(re.findall(r" [0-9a-f]{16} ", out)) == 4
+
+
+def test_merge_refuses_and_overwrites(folders, tmp_path, capsys):
+    argv = ["merge", folders / "base", "--adapter", folders / "adapter", "--out", tmp_path]
+    code, out, err = command(capsys, *argv)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "exists; give another folder" in err
+    assert command(capsys, *argv, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["merge", "to-lora"])
+def test_another_base_in_one_line(folders, tmp_path, capsys, name):
+    torch.manual_seed(1)
+    config = RobertaConfig(**TINY, vocab_size=50, max_position_embeddings=24, num_labels=3)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "other")
+    argv = [name, tmp_path / "other", "--adapter", folders / "adapter", "--out", tmp_path / "out"]
+    code, _, err = command(capsys, *argv)
+    assert code == 1
+    assert "another base" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert command(capsys, *argv, "--no-base-check")[0] == 0
+
+
+def test_a_note_for_adapters_without_a_fingerprint(folders, tmp_path, capsys):
+    shutil.copytree(folders / "adapter", tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    argv = ["to-lora", folders / "base", "--adapter", tmp_path / "peft", "--out", tmp_path / "out"]
+    code, _, err = command(capsys, *argv)
+    assert code == 0
+    assert "peanut-jax: note:" in err
+    assert "no fingerprint" in err
+
+
+@pytest.mark.parametrize("name", ["inspect", "merge", "to-lora", "verify"])
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([name, "--help"])
+    assert exit_info.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: peanut-jax " + name in out
+    assert max(map(len, out.splitlines())) <= 140
+
+
+def test_bad_arguments_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["merge", "base"])
+    assert exit_info.value.code == 2
+    assert "--adapter" in capsys.readouterr().err

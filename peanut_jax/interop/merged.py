@@ -19,7 +19,7 @@ from peanut_jax.config import Config, PeanutConfig
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_checkpoint
 from peanut_jax.interop.files import copy_file, dtype_of, new_folder, write_entry
-from peanut_jax.interop.peft import ModuleAdapters, by_module, read
+from peanut_jax.interop.peft import ModuleAdapters, by_module, label_count, read
 from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, read_json
 from peanut_jax.tweaker import Theta, delta
 
@@ -31,8 +31,6 @@ _CLASSES = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-# The tensors of a head that have a row a label.
-_LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 Track = Callable[[list[str]], Iterable[str]]
 
@@ -273,12 +271,10 @@ def _write_config(folder: Path, adapters: Iterable[ModuleAdapters], added: Mappi
         )  # fmt: skip
         return
     content["architectures"] = [name]
-    rows = [array.shape[0] for tensor, array in added.items() if tensor.endswith(_LOGITS)]
-    if rows and task_type != "QUESTION_ANS":
-        labels = content.get("id2label", {})
-        if len(labels) != rows[0]:
-            content["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows[0])}
-            content["label2id"] = {f"LABEL_{i}": i for i in range(rows[0])}
+    labels = label_count(added)
+    if labels is not None and len(content.get("id2label", {})) != labels:
+        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        content["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -58,6 +58,8 @@ _LORA_BOOKKEEPING = {
     # Read by _lora_scaling, _check_shapes and config_of.
     "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
+# The tensors of HF's heads that have a row a label.
+_LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 # LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
 _PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 
@@ -136,6 +138,12 @@ def load_adapter(
             found = fingerprint.of_targets(params, check(adapters, params, config))
             fingerprint.check(found, loaded.fingerprint, str(folder), "these params")
     return adapters, config
+
+
+def label_count(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """How many labels a saved classification head (torch tensor name -> array) has; None where there is no head."""
+    rows = [array.shape[0] for name, array in tensors.items() if name.endswith(_LOGITS)]
+    return rows[0] if rows else None
 
 
 # ---- between the adapters of a Flax model and those of torch modules

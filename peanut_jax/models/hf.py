@@ -131,13 +131,25 @@ def shapes(name_or_path: str | Path, task: str | None = None, *, revision: str |
     """
     transformers = _transformers()
     config = _config(str(name_or_path), revision, {})
-    if task is None:
-        own = {f"Flax{name}" for name in config.architectures or ()}
-        offers = {name: getattr(transformers, auto)._model_mapping for name, auto in TASKS.items()}
-        task = next((t for t, o in offers.items() if type(config) in o and o[type(config)].__name__ in own), "base")
+    task = task or _own_task(transformers, config)
     model_class = _model_class(transformers, config, task)
     hf_faults.check(config, task)
     return config.model_type, hf_faults.mended(model_class)(config, _do_init=False).params_shape_tree
+
+
+def own_task(name_or_path: str | Path, *, revision: str | None = None) -> str:
+    """The task that a checkpoint was saved for, where Flax has it, else "base".
+
+    Raises:
+        As `load`.
+    """
+    return _own_task(_transformers(), _config(str(name_or_path), revision, {}))
+
+
+def _own_task(transformers: ModuleType, config: Any) -> str:
+    own = {f"Flax{name}" for name in config.architectures or ()}
+    offers = {name: getattr(transformers, auto)._model_mapping for name, auto in TASKS.items()}
+    return next((t for t, o in offers.items() if type(config) in o and o[type(config)].__name__ in own), "base")
 
 
 def _transformers() -> ModuleType:
