@@ -1,8 +1,8 @@
 """A fingerprint of the base kernels that an adapter reads: dW is a function of W0, so another base is another update.
 
 Every element counts, rounded to bfloat16 (a checkpoint read as bfloat16 and as float32 is the same base) and weighted
-by a hash of its place in [d_in, d_out]. The sum is of integers, so it is the same whatever order, sharding, stacking or
-machine adds it up, and a sharded kernel needs one all-reduce of two numbers.
+by its row and column. The sum is of integers, so it is the same whatever order, sharding, stacking or machine adds it
+up; no array of the kernel's size is made for it, and a sharded kernel is not gathered.
 """
 
 import logging
@@ -21,6 +21,7 @@ from peanut_jax.targets import Target, select
 logger = logging.getLogger(__name__)
 
 Fingerprint = dict[str, str]
+_SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Fingerprint:
@@ -50,12 +51,13 @@ def of_targets(params: PyTree, targets: Mapping[str, Target]) -> Fingerprint:
 
 @jax.jit
 def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers 2"]:
-    """Two sums of the kernel's bfloat16 bits modulo 2^32, each with its own odd weights (multilinear hashing)."""
+    """Two sums modulo 2^32 of the kernel's bfloat16 bits, each with odd weights of its own for rows and columns."""
     bits = lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    d_in, d_out = kernel.shape[-2:]
-    row = lax.broadcasted_iota(jnp.uint32, (d_in, d_out), 0)
-    place = row * jnp.uint32(d_out) + lax.broadcasted_iota(jnp.uint32, (d_in, d_out), 1)
-    sums = [(bits * _weights(place, seed)).sum((-1, -2), dtype=jnp.uint32) for seed in (0x9E3779B9, 0x7F4A7C15)]
+    terms = [bits * _weights(kernel.shape[-1], seed) for seed in _SEEDS]
+    # One reduction for both: XLA on CPU would otherwise keep `bits`, and each product, as an array of its own.
+    zero = jnp.uint32(0)
+    sums = lax.reduce(terms, [zero, zero], lambda x, y: [x[0] + y[0], x[1] + y[1]], (kernel.ndim - 1,))
+    sums = [(one * _weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, _SEEDS, strict=True)]
     return jnp.stack(sums, axis=-1)
 
 
@@ -88,9 +90,9 @@ def note_absence(saved: Mapping[str, str], adapter: str) -> None:
         )
 
 
-def _weights(place: Array, seed: int) -> Array:
+def _weights(size: int, seed: int) -> UInt32[Array, " size"]:
     """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
-    h = place + jnp.uint32(seed)
+    h = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return (h ^ (h >> 16)) | jnp.uint32(1)

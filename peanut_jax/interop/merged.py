@@ -32,6 +32,9 @@ _CLASSES = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
 
+# Rows of a tensor that are merged at a time.
+BLOCK = 512
+
 Track = Callable[[list[str]], Iterable[str]]
 
 
@@ -156,28 +159,41 @@ def _merged(
     for adapter, module in uses:
         thetas.append(adapters[adapter].thetas[module])
         configs.append(adapters[adapter].module_config(module))
+    tensor = checkpoint.read(name)
     with jax.default_matmul_precision("highest"):
-        merged, finite, digest = _add(checkpoint.read(name), thetas, tuple(configs), kernel.transposed)
-    found = fingerprint.hexadecimal(jax.device_get(digest))
-    for adapter, module in uses:
-        if adapters[adapter].fingerprint:
-            fingerprint.check({module: found}, adapters[adapter].fingerprint, adapter, str(checkpoint.folder))
-    if not finite:
-        raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
-    return np.asarray(merged)
+        lefts, rights, digest = _factors(tensor, thetas, tuple(configs), kernel.transposed)
+        found = fingerprint.hexadecimal(jax.device_get(digest))
+        for adapter, module in uses:
+            if adapters[adapter].fingerprint:
+                fingerprint.check({module: found}, adapters[adapter].fingerprint, adapter, str(checkpoint.folder))
+        for start in range(0, len(tensor), BLOCK):  # so that no float32 array of the kernel's size is made
+            block = slice(start, start + BLOCK)
+            tensor[block], finite = _add(tensor[block], lefts[block], rights)
+            if not finite:
+                raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
+    return tensor
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _add(
+def _factors(
     tensor: Float[Array, "rows columns"], thetas: Sequence[Theta], configs: tuple[Config, ...], conv1d: bool
-) -> tuple[Array, Array, Array]:
-    """W0 + the sum of the updates in tensor's layout and dtype, whether all of it is finite, and W0's digest."""
+) -> tuple[Float[Array, "rows r"], Float[Array, "r columns"], Array]:
+    """Every update as one product in the tensor's own layout (torch's Linear is [d_out, d_in]), and W0's digest."""
     kernel = tensor if conv1d else tensor.T
-    total = kernel.astype(jnp.float32)
-    for theta, config in zip(thetas, configs, strict=True):
-        total = total + delta(*pair(theta, kernel, config))
-    merged = (total if conv1d else total.T).astype(tensor.dtype)
-    return merged, jnp.isfinite(merged).all(), fingerprint.digest(kernel)
+    pairs = [pair(theta, kernel, config) for theta, config in zip(thetas, configs, strict=True)]
+    left = jnp.concatenate([left for left, _ in pairs], axis=1)
+    right = jnp.concatenate([right for _, right in pairs], axis=0)
+    rows, columns = (left, right) if conv1d else (right.T, left.T)
+    return rows, columns, fingerprint.digest(kernel)
+
+
+@jax.jit
+def _add(
+    tensor: Float[Array, "rows columns"], left: Float[Array, "rows r"], right: Float[Array, "r columns"]
+) -> tuple[Array, Array]:
+    """tensor + left @ right, summed in float32 and rounded once; and whether all of it is finite."""
+    total = (tensor.astype(jnp.float32) + delta(left, right)).astype(tensor.dtype)
+    return total, jnp.isfinite(total).all()
 
 
 def _rows(adapters: Adapters, config: Config) -> dict[str, list[int] | None]:

@@ -16,16 +16,21 @@ CONFIG = pj.PeanutConfig(r=2, target_modules=["q_proj", "up_proj"])
 
 
 def reference(matrix):
-    """The definition, in NumPy's 64-bit integers."""
-    bits = np.asarray(jnp.asarray(matrix, jnp.bfloat16)).view(np.uint16).astype(np.uint64).ravel()
-    sums = []
-    for seed in (0x9E3779B9, 0x7F4A7C15):
-        h = (np.arange(bits.size, dtype=np.uint64) + seed) & 0xFFFFFFFF
-        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        h = (h ^ (h >> 16)) | 1
-        sums.append(int((bits * h).sum() & 0xFFFFFFFF))
-    return "".join(f"{part:08x}" for part in sums)
+    """The definition, in Python's integers."""
+    bits = np.asarray(jnp.asarray(matrix, jnp.bfloat16)).view(np.uint16).astype(object)
+
+    def weights(size, seed):
+        for i in range(size):
+            h = (i + seed) % 2**32
+            h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
+            h = ((h ^ (h >> 13)) * 0xC2B2AE35) % 2**32
+            yield (h ^ (h >> 16)) | 1
+
+    sums = [
+        np.array(list(weights(len(bits), 2**32 - 1 - seed))) @ bits @ np.array(list(weights(bits.shape[1], seed)))
+        for seed in (0x9E3779B9, 0x7F4A7C15)
+    ]
+    return "".join(f"{part % 2**32:08x}" for part in sums)
 
 
 @pytest.fixture(scope="module")
