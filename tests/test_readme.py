@@ -6,12 +6,14 @@ from pathlib import Path
 import datasets
 import jax
 import numpy as np
+import peft
 import pytest
+import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 import peanut_jax as pj
-from peanut_jax.models.hf import load
+from peanut_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 SENTENCES = ["a fine film", "a dull mess", "moving and funny", "tedious from start to end"] * 32
@@ -38,8 +40,9 @@ def roberta(tmp_path):
     return folder
 
 
-def test_the_training_example_runs_as_written(roberta, tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_example_and_its_commands_run_as_written(roberta, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert '"FacebookAI/roberta-base"' in code
     code = code.replace('"FacebookAI/roberta-base"', repr(str(roberta))).replace("% 100", "% 2")
     rows = datasets.Dataset.from_dict({"sentence": SENTENCES, "label": [1, 0, 1, 0] * 32})
@@ -53,6 +56,23 @@ def test_the_training_example_runs_as_written(roberta, tmp_path, monkeypatch, ca
     adapted = pj.adapt(lambda params, **x: names["model"](**x, params=params).logits, names["config"])(
         names["state"].adapters, names["params"], **tokens
     )
-    saved, params = load("roberta-sst2", "sequence-classification")
-    np.testing.assert_allclose(saved(**tokens, params=params).logits, adapted, atol=1e-5)
     assert float(jax.numpy.abs(names["state"].adapters["classifier/out_proj/bias"]).max()) > 0
+
+    commands = re.findall(r"^    peanut-jax ((?:merge|to-lora|verify) FacebookAI.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert main([str(roberta) if word == "FacebookAI/roberta-base" else word for word in command.split()]) == 0
+    out = capsys.readouterr().out
+    assert float(re.search(r"largest logit difference ([^,]+),", out)[1]) < 1e-5
+    torch_model = transformers.AutoModelForSequenceClassification.from_pretrained("roberta-sst2-merged").eval()
+    lora_model = peft.PeftModel.from_pretrained(fresh_model(roberta), "roberta-sst2-lora").eval()
+    peanut_model = peft.PeftModel.from_pretrained(fresh_model(roberta), "roberta-sst2").eval()
+    for model in (torch_model, lora_model, peanut_model):
+        with torch.no_grad():
+            got = model(**{name: torch.from_numpy(np.asarray(value)) for name, value in tokens.items()}).logits
+        np.testing.assert_allclose(got, adapted, rtol=0, atol=1e-5)
+
+
+def fresh_model(folder):
+    """The base with a head of its own, which the adapter replaces."""
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)

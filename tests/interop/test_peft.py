@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,6 +225,16 @@ def test_peft_refuses_other_functions(family, tmp_path, config):
     assert read == config
 
 
+def test_peft_refuses_conv1d(family, tmp_path):
+    one = family("gpt2")
+    config = pj.PeanutConfig(r=2, target_modules=["c_attn"])
+    adapters = drawn(one.params, config)
+    pj.save_adapter(tmp_path, adapters, config, one.params)
+    with pytest.raises((ValueError, NotImplementedError, TypeError), match="Conv1D"):
+        peft.PeftModel.from_pretrained(torch_copy(one), tmp_path)
+    assert_identical(pj.load_adapter(tmp_path, one.params)[0], adapters)
+
+
 def test_dropout_is_ignored_by_peft(family, tmp_path):
     one = family("bert")
     config = pj.PeanutConfig(r=2, target_modules=["query"], dropout=0.5)
@@ -249,6 +260,20 @@ def test_two_adapters_at_once(family, tmp_path):
     with pj.intercept(pairs):
         got = one.twin.flax(**one.twin.batch, params=one.params).logits
     np.testing.assert_allclose(got, one.torch_logits(model), rtol=0, atol=1e-5)
+
+
+def test_hub_names(family, saved, monkeypatch):
+    """A name goes through huggingface_hub, without pickles."""
+    asked = {}
+
+    def snapshot_download(name, revision, ignore_patterns):
+        asked.update(name=name, ignored=ignore_patterns)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pj.load_adapter("someone/adapter", family("bert").params)
+    assert asked["name"] == "someone/adapter"
+    assert {"*.bin", "*.pt"} <= set(asked["ignored"])
 
 
 # ---- the base's fingerprint
