@@ -14,7 +14,7 @@ from rich.table import Table
 
 from peanut_jax.adapters import init
 from peanut_jax.config import ALL_LINEAR, PeanutConfig
-from peanut_jax.interop import peft
+from peanut_jax.interop import peft_files
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.verify import compare
@@ -169,7 +169,7 @@ def _to_lora(args: argparse.Namespace) -> None:
         check_base=not args.no_base_check,
         track=lambda names: _track(names, "converting"),
     )
-    config = peft.read(args.out).config
+    config = peft_files.read(args.out).config
     print(f"{args.out}: LoRA of rank {config.r}, lora_alpha = {config.r * config.scaling:g}, of {args.base}")
 
 
@@ -204,7 +204,7 @@ def _show_notes() -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     folder = Path(args.model)
-    if (folder / peft.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if (folder / peft_files.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         return _inspect_adapter(args.model)
     config = _config(args)
     model_type, shapes = hf.shapes(args.model, args.task)
@@ -228,8 +228,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _inspect_adapter(folder: str) -> None:
-    adapter = peft.read(folder)
-    peft_type = peft.type_of(adapter.config)
+    adapter = peft_files.read(folder)
+    peft_type = peft_files.type_of(adapter.config)
     table = _table("module", "parameters", "base fingerprint", title=f"{peft_type}: {folder}")
     total = 0
     for module, theta in adapter.thetas.items():
@@ -275,7 +275,7 @@ def _config(args: argparse.Namespace) -> PeanutConfig:
 
 def _config_file(path: Path) -> PeanutConfig:
     fields = read_json(path)
-    config = peft.config_of(fields)
+    config = peft_files.config_of(fields)
     if not isinstance(config, PeanutConfig):
         raise ValueError(f"{path} must hold a PEANuT config (peft_type 'PEANUT'), found {fields['peft_type']!r}")
     return config

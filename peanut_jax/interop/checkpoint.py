@@ -10,7 +10,7 @@ from peanut_jax.adapters import theta_shapes
 from peanut_jax.config import Config
 from peanut_jax.interop.files import Entry, Header, read_entry, read_header
 from peanut_jax.interop.names import torch_kernels
-from peanut_jax.interop.peft import ModuleAdapters
+from peanut_jax.interop.peft_files import ModuleAdapters
 from peanut_jax.kernels import Kernel
 from peanut_jax.models.hf_files import INDEX_FILE, local_folder, read_json, weight_files
 

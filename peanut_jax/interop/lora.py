@@ -18,7 +18,9 @@ from peanut_jax.adapters import Adapters, FactorTree, check, factors, pair, save
 from peanut_jax.config import AdapterConfig, Config, LoraConfig, PeanutConfig
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.checkpoint import locate, open_checkpoint
-from peanut_jax.interop.peft import ModuleAdapters, check_modules, from_tree, module_slots, read, write
+from peanut_jax.interop.peft import from_tree, module_slots
+from peanut_jax.interop.peft_files import ModuleAdapters, read, write
+from peanut_jax.interop.selection import check_modules
 from peanut_jax.kernels import Axes, find, flatten
 from peanut_jax.targets import saved_paths, select
 from peanut_jax.tweaker import Theta, delta

@@ -19,7 +19,8 @@ from peanut_jax.config import Config, PeanutConfig
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_checkpoint
 from peanut_jax.interop.files import copy_file, dtype_of, new_folder, write_entry
-from peanut_jax.interop.peft import ModuleAdapters, by_module, label_count, read
+from peanut_jax.interop.peft import by_module
+from peanut_jax.interop.peft_files import ModuleAdapters, label_count, read
 from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, read_json
 from peanut_jax.tweaker import Theta, delta
 

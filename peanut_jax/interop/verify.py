@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from peanut_jax.adapters import merge
-from peanut_jax.interop.peft import CONFIG_FILE, label_count, load_adapter, read
+from peanut_jax.interop.peft import load_adapter
+from peanut_jax.interop.peft_files import CONFIG_FILE, label_count, read
 from peanut_jax.models import hf
 from peanut_jax.models.hf_files import local_folder
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
-from peanut_jax.interop.peft import CONFIG_FILE, WEIGHTS_FILE
+from peanut_jax.interop.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from peanut_jax.tweaker import delta
 from tests.interop.conftest import scanned
 from tests.oracle import bridge
