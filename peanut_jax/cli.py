@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears whole or not"
     )
-    merge.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    merge.add_argument("--overwrite", action="store_true", help="replace a merged checkpoint that is there")
     _add_base_check(merge)
 
     lora = _command(
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
     lora.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
     lora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    lora.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
     _add_base_check(lora)
 
     verify = _command(
@@ -166,6 +167,7 @@ def _to_lora(args: argparse.Namespace) -> None:
         args.adapter,
         args.base,
         args.out,
+        overwrite=args.overwrite,
         check_base=not args.no_base_check,
         track=lambda names: _track(names, "converting"),
     )

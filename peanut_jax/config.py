@@ -5,8 +5,8 @@ Field names and meanings are HF PEFT's (peft 0.21.2, `peft/tuners/peanut/config.
 """
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Sequence
 
 from peanut_jax.activations import ACTIVATIONS
@@ -61,7 +61,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _check_int("r", self.r, minimum=1)
-        if not _is_real(self.scaling) or not math.isfinite(self.scaling) or self.scaling <= 0:
+        if self.r > 2**31 - 1:
+            raise ValueError("r must be below 2^31")
+        if not _is_real(self.scaling) or not 0 < self.scaling <= sys.float_info.max:
             raise ValueError(f"scaling must be a finite number above 0, got {self.scaling!r}")
         if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
@@ -77,6 +79,8 @@ class AdapterConfig:
             raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
         self._freeze("modules_to_save", self.modules_to_save, str)
         self._freeze("layers_pattern", self.layers_pattern, str)
+        for pattern in (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            _check_regex("layers_pattern", pattern)
         self._freeze("layers_to_transform", self.layers_to_transform, int)
         layers = self.layers_to_transform
         for index in (layers,) if isinstance(layers, int) else layers or ():

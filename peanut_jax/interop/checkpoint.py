@@ -12,7 +12,7 @@ from peanut_jax.interop.files import Entry, Header, read_entry, read_header
 from peanut_jax.interop.names import torch_kernels
 from peanut_jax.interop.peft_files import ModuleAdapters
 from peanut_jax.kernels import Kernel
-from peanut_jax.models.hf_files import INDEX_FILE, local_folder, read_json, weight_files
+from peanut_jax.models.hf_files import INDEX_FILE, local_folder, read_index, weight_files
 
 # What old checkpoints call the leaves of a LayerNorm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -32,6 +32,18 @@ class Checkpoint:
         """One tensor, in its own dtype (bfloat16 as ml_dtypes has it)."""
         entry = self.entries[name]
         return read_entry(entry, name, self.headers[entry.file].data)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of one tensor, without reading the others."""
+        entry = self.entries[name]
+        row = (entry.stop - entry.start) // entry.shape[0]
+        part = dataclasses.replace(
+            entry,
+            shape=(stop - start, *entry.shape[1:]),
+            start=entry.start + start * row,
+            stop=entry.start + stop * row,
+        )
+        return read_entry(part, name, self.headers[entry.file].data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +69,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         FileNotFoundError: no folder, config.json or safetensors; a shard that is missing.
         ValueError: a file that is corrupt, a tensor that is there twice or not where the index says, a checkpoint saved
-            by Flax, a merged one.
+            by Flax.
     """
     folder = local_folder(str(source))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    if (folder / MERGED_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds merged weights ({MERGED_FILE} says so): an adapter's update is a function of the kernels "
-            "that it was trained on, so give the checkpoint from which this one was merged"
-        )
     files = weight_files(str(folder), None)
     if files[0].suffix != ".safetensors":
         raise ValueError(f"{files[0]} is Flax's own format; a PyTorch checkpoint in safetensors is needed here")
@@ -85,12 +92,31 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
                 )
             entries[name] = entry
     if (index := folder / INDEX_FILE).is_file():
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_index(index)["weight_map"]
         wrong = [name for name, file in weight_map.items() if name not in entries or entries[name].file.name != file]
         if wrong or len(weight_map) != len(entries):
             first = wrong[0] if wrong else next(name for name in entries if name not in weight_map)
             raise ValueError(f"{index} and the shards disagree about {first!r}; fetch them again")
     return Checkpoint(folder, headers, entries)
+
+
+def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
+    """As `open_checkpoint`, of a checkpoint that is to take an adapter.
+
+    Args:
+        fingerprinted: Whether a fingerprint will tell that it is the adapter's base.
+
+    Raises:
+        ValueError: merged weights, and no fingerprint to say that the adapter was trained on them.
+    """
+    checkpoint = open_checkpoint(source)
+    if (checkpoint.folder / MERGED_FILE).is_file() and not fingerprinted:
+        raise ValueError(
+            f"{checkpoint.folder} holds merged weights ({MERGED_FILE} says so): an adapter's update is a function of "
+            "the kernels that it was trained on, so give the checkpoint from which this one was merged (an adapter "
+            "that save_adapter wrote for merged weights is told by its fingerprint)"
+        )
+    return checkpoint
 
 
 def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
@@ -103,17 +129,25 @@ def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
     first = {module.partition(".")[0] for module in modules}
     off = f"{first.pop()}." if len(first) == 1 else ""
     on = {f"{name.partition('.')[0]}." for name in entries if "." in name}
-    renamings = [("", ""), (off, "")] + [("", prefix) for prefix in sorted(on)]
-    for strip, add in renamings:
-        tensors = {module: f"{add}{module.removeprefix(strip)}.weight" for module in modules}
-        if all(name in entries for name in tensors.values()):
-            break
-    else:
+    renamings = [("", ""), (off, ""), *(("", prefix) for prefix in sorted(on))]
+    fitting = [
+        (strip, add)
+        for strip, add in dict.fromkeys(renamings)
+        if all(f"{add}{module.removeprefix(strip)}.weight" in entries for module in modules)
+    ]
+    if len(fitting) > 1 and fitting[0][1]:
+        raise ValueError(
+            f"{modules[0]!r} could be {' or '.join(repr(add + modules[0]) for _, add in fitting)} in "
+            f"{checkpoint.folder}; load the adapter into the whole model and save it again, so that its names say which"
+        )
+    if not fitting:
         missing = [module for module in modules if f"{module}.weight" not in entries]
         raise ValueError(
             f"{checkpoint.folder} has no tensor {missing[0] + '.weight'!r}, nor under another prefix, for "
             f"{len(missing)} of {len(modules)} adapted modules; its tensors are called {', '.join(list(entries)[:3])}"
         )
+    strip, add = fitting[0]
+    tensors = {module: f"{add}{module.removeprefix(strip)}.weight" for module in modules}
     known = torch_kernels({name: entry.shape for name, entry in entries.items()})
     kernels = {}
     for module, name in tensors.items():

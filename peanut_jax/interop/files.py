@@ -140,7 +140,7 @@ def write_entry(file: Path, offset: int, array: np.ndarray) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """A new safetensors file, which appears under its name once it is whole."""
     with replacing(path) as temporary:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        contiguous = {name: np.require(array, requirements="C") for name, array in tensors.items()}
         save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
 
 
@@ -166,20 +166,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
 
     Args:
         overwrite: Replace a folder of that name, which stays until the new one is whole.
+        marker: A file that a folder must hold to be replaced, so that a slip of the hand loses nothing else.
 
     Raises:
-        FileExistsError: the folder exists and `overwrite` is false.
+        FileExistsError: the folder exists, and `overwrite` is false or it lacks the marker.
     """
-    path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
+        raise FileExistsError(
+            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -188,19 +193,38 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
+        old = temporary.with_name(f"{temporary.name}.old")
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(old)
+        try:
             temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        except BaseException:
+            if old.exists():
+                old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(error.errno, f"{error.strerror}, writing {path}; nothing of it was left behind") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_apart(folder: Path, *sources: Path) -> None:
+    """Refuses an output folder that is, holds or lies in one of the folders that are read."""
+    folder = folder.resolve()
+    for source in (one.resolve() for one in sources):
+        if source == folder or source in folder.parents or folder in source.parents:
+            raise ValueError(f"the output folder {folder} and {source}, which is read, must lie apart")
+
+
+def finite(array: np.ndarray) -> bool:
+    """No NaN and no infinity: by the exponent's bits, since numpy has no fast test for bfloat16."""
+    kind = jnp.finfo(array.dtype)
+    bits = np.require(array, requirements="C").view(f"u{array.dtype.itemsize}")
+    exponent = bits.dtype.type(((1 << kind.nexp) - 1) << kind.nmant)
+    return not ((bits & exponent) == exponent).any()
 
 
 def _field(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> dict:

@@ -6,6 +6,7 @@ The update is low-rank and its left factor is a function of the frozen kernel al
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,11 +18,13 @@ from peanut_jax.activations import ACTIVATIONS
 from peanut_jax.adapters import Adapters, FactorTree, check, factors, pair, saved
 from peanut_jax.config import AdapterConfig, Config, LoraConfig, PeanutConfig
 from peanut_jax.interop import fingerprint
-from peanut_jax.interop.checkpoint import locate, open_checkpoint
+from peanut_jax.interop.checkpoint import locate, open_base
+from peanut_jax.interop.files import check_apart
 from peanut_jax.interop.peft import from_tree, module_slots
-from peanut_jax.interop.peft_files import ModuleAdapters, read, write
+from peanut_jax.interop.peft_files import CONFIG_FILE, ModuleAdapters, read, type_of, write
 from peanut_jax.interop.selection import check_modules
 from peanut_jax.kernels import Axes, find, flatten
+from peanut_jax.models.hf_files import local_folder
 from peanut_jax.targets import saved_paths, select
 from peanut_jax.tweaker import Theta, delta
 
@@ -33,7 +36,7 @@ def to_lora(
 ) -> tuple[Adapters, LoraConfig]:
     """The LoRA that an adapter is on its base: both orientations, any depth and activation, scanned or not.
 
-    Nothing is approximated: the product of the factors is the same. They are computed in the kernel's dtype, as in
+    Nothing is approximated: the product of the factors is the same. They are computed in the dtype of `params`, as in
     training, and kept in float32.
 
     Args:
@@ -63,7 +66,13 @@ def to_lora(
 
 
 def to_lora_folder(
-    adapter: str | Path, source: str | Path, folder: str | Path, *, check_base: bool = True, track: Track = iter
+    adapter: str | Path,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    check_base: bool = True,
+    track: Track = iter,
 ) -> None:
     """As `to_lora`, from an adapter directory and a PyTorch checkpoint. No model is built: the adapted kernels alone
     are read, one at a time.
@@ -72,26 +81,37 @@ def to_lora_folder(
         adapter: What `save_adapter` or HF PEFT wrote.
         source: The base, a Hugging Face checkpoint in safetensors (folder or hub name).
         folder: Where the LoRA directory goes.
+        overwrite: Replace an adapter that is there.
         check_base: As for `load_adapter`.
         track: Wraps the list of modules, to show progress.
 
     Raises:
-        FileNotFoundError, ValueError: an adapter or checkpoint that cannot be read, or that does not fit the other.
+        FileExistsError: the folder holds an adapter.
+        FileNotFoundError, ValueError: an adapter or checkpoint that cannot be read, or that does not fit the other; an
+            adapter that is a LoRA already.
     """
-    loaded, checkpoint = read(adapter), open_checkpoint(source)
+    loaded = read(adapter)
+    if type_of(loaded.config) == "LORA":
+        raise ValueError(f"{adapter} is a LoRA already")
+    checkpoint = open_base(source, fingerprinted=bool(loaded.fingerprint) or not check_base)
+    check_apart(Path(folder), checkpoint.folder, local_folder(str(adapter)))
+    if (Path(folder) / CONFIG_FILE).exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds an adapter; give another folder, or overwrite=True (--overwrite)")
     places = locate(checkpoint, loaded)
     checked = check_base and isinstance(loaded.config, PeanutConfig)
     if checked:
         fingerprint.note_absence(loaded.fingerprint, str(adapter))
     thetas = {}
     for module in track(list(loaded.thetas)):
-        kernel = places.kernels[module].matrix(jnp.asarray(checkpoint.read(places.tensors[module]).T))
+        kernel, config = places.kernels[module], dataclasses.replace(loaded.config, scaling=1.0)
+        tensor, theta = checkpoint.read(places.tensors[module]), loaded.thetas[module]
+        left, right, found = tensor_factors(tensor, theta, config, loaded.factor_dtype, kernel.transposed)
         if checked and loaded.fingerprint:
-            found = fingerprint.hexadecimal(jax.device_get(fingerprint.digest(kernel)))
             fingerprint.check({module: found}, loaded.fingerprint, str(adapter), str(source))
-        lora = _lora(loaded.thetas[module], kernel, loaded.config, module)
-        thetas[module] = {name: np.asarray(leaf) for name, leaf in lora.items()}
-    write(folder, ModuleAdapters(_lora_config(loaded.config), thetas, loaded.saved))
+        thetas[module] = {"a": np.asarray(left), "b": np.asarray(right)}
+        _check_finite(thetas[module], module)
+    lora_config = _lora_config(loaded.config)
+    write(folder, ModuleAdapters(lora_config, thetas, loaded.saved, base_dtype=loaded.base_dtype))
 
 
 def from_lora(folder: str | Path, params: PyTree, *, axes: Axes | None = None) -> FactorTree:
@@ -194,19 +214,43 @@ def init_from_factors(
     return adapters, {path: _relative_error(got[path], pairs[path]) for path in pairs}
 
 
-def _lora(
-    theta: Mapping[str, Array | np.ndarray], kernel: Float[Array, "*layers d_in d_out"], config: Config, name: str
-) -> Theta:
-    """left and right as LoRA's A [d_in, r] and B [r, d_out], without the scaling."""
-    device = {leaf: jnp.asarray(array) for leaf, array in theta.items()}
+def tensor_factors(
+    tensor: Float[np.ndarray, "rows columns"],
+    theta: Mapping[str, np.ndarray],
+    config: Config,
+    dtype: str,
+    conv1d: bool,
+) -> tuple[Float[Array, "d_in r"], Float[Array, "r d_out"], str]:
+    """left, right and the fingerprint of a kernel that torch keeps as `tensor`, read in `dtype`.
+
+    Args:
+        conv1d: The tensor is [d_in, d_out], as GPT-2's; a Linear's is [d_out, d_in].
+    """
     with jax.default_matmul_precision("highest"):
-        left, right = _pair(device, kernel, dataclasses.replace(config, scaling=1.0))
-    if not all(bool(jnp.isfinite(side).all()) for side in (left, right)):
-        raise ValueError(f"NaNs detected in the factors of {name!r}: the adapter or the base is broken there")
+        left, right, digest = _tensor_factors(tensor, theta, config, dtype, conv1d)
+    return left, right, fingerprint.hexadecimal(jax.device_get(digest))
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _tensor_factors(tensor: Array, theta: Theta, config: Config, dtype: str, conv1d: bool) -> tuple[Array, ...]:
+    kernel = (tensor if conv1d else tensor.T).astype(dtype)
+    return *pair(theta, kernel, config), fingerprint.digest(kernel)
+
+
+def _lora(theta: Theta, kernel: Float[Array, "*layers d_in d_out"], config: Config, name: str) -> Theta:
+    """left and right as LoRA's A [d_in, r] and B [r, d_out], without the scaling."""
+    with jax.default_matmul_precision("highest"):
+        left, right = _pair(theta, kernel, dataclasses.replace(config, scaling=1.0))
+    _check_finite({"a": left, "b": right}, name)
     return {"a": left, "b": right}
 
 
 _pair = jax.jit(pair, static_argnums=2)
+
+
+def _check_finite(theta: Mapping[str, Array | np.ndarray], name: str) -> None:
+    if not all(bool(jnp.isfinite(side).all()) for side in theta.values()):
+        raise ValueError(f"NaNs detected in the factors of {name!r}: the adapter or the base is broken there")
 
 
 def _lora_config(config: Config) -> LoraConfig:

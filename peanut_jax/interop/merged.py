@@ -5,24 +5,24 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from peanut_jax.adapters import Adapters, pair
+from peanut_jax.adapters import Adapters, check
 from peanut_jax.config import Config, PeanutConfig
-from peanut_jax.interop import fingerprint
-from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_checkpoint
-from peanut_jax.interop.files import copy_file, dtype_of, new_folder, write_entry
-from peanut_jax.interop.peft import by_module
+from peanut_jax.interop import fingerprint, names
+from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_base
+from peanut_jax.interop.files import check_apart, copy_file, dtype_of, finite, new_folder, write_entry
+from peanut_jax.interop.lora import tensor_factors
+from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_files import ModuleAdapters, label_count, read
-from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, read_json
-from peanut_jax.tweaker import Theta, delta
+from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
+from peanut_jax.tweaker import delta
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ _CLASSES = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
 
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 # Rows of a tensor that are merged at a time.
 BLOCK = 512
 
@@ -44,8 +46,8 @@ def export_merged(
     folder: str | Path,
     adapters: Adapters | Sequence[Adapters],
     config: Config | Sequence[Config],
+    params: PyTree | None = None,
     *,
-    base_fingerprint: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the checkpoint `source` with W0 + dW in place of each adapted kernel, for transformers, vLLM or llama.cpp.
@@ -62,12 +64,15 @@ def export_merged(
         folder: Where to write; its parent must be on the disk that takes the result.
         adapters: From `init` or training; several are added up, each computed from the original W0.
         config: The adapter's, or one for each of several.
-        base_fingerprint: From `fingerprint(params, config)`, to make sure that `source` is the base of the training.
-        overwrite: Replace `folder` where it exists.
+        params: The base that was trained on, where it is at hand: `source` is then compared with it by its fingerprint,
+            and the updates are computed in its dtype, as in training. Otherwise nothing is compared, and the updates
+            are computed in float32.
+        overwrite: Replace `folder` where it holds a merged checkpoint.
 
     Raises:
         FileExistsError: the folder exists.
-        FileNotFoundError, ValueError: a checkpoint that cannot be read or is not the base; NaNs in the result.
+        FileNotFoundError, ValueError: a checkpoint that cannot be read or is not the base; NaNs in the result; saved
+            modules that have no place in it.
         NotImplementedError: adapters with a stack of layers that has no name in torch.
     """
     trees = [adapters] if isinstance(adapters, Mapping) else list(adapters)
@@ -76,8 +81,12 @@ def export_merged(
         raise ValueError(f"adapters and config must be as many: got {len(trees)} and {len(configs)}")
     loaded = {}
     for i, (tree, one) in enumerate(zip(trees, configs, strict=True)):
-        taken = by_module(tree, one, _rows(tree, one))
-        loaded[f"adapter {i}"] = dataclasses.replace(taken, fingerprint=dict(base_fingerprint or {}))
+        if params is None:
+            rows = _rows(tree, one)
+            scanned = {names.container(path) or "" for path, stacked in rows.items() if stacked is not None}
+            loaded[f"adapter {i}"] = by_module(tree, one, rows, scanned)
+        else:
+            loaded[f"adapter {i}"] = from_tree(tree, one, params, check(tree, params, one))
     _export(source, folder, loaded, overwrite, iter)
 
 
@@ -97,22 +106,30 @@ def merge_folders(
         check_base: As for `load_adapter`.
         track: Wraps the list of tensors that change, to show progress.
     """
-    loaded = {str(one): read(one) for one in adapters}
-    if len(loaded) < len(adapters):
+    folders = [local_folder(str(one)).resolve() for one in adapters]
+    if len(set(folders)) < len(folders):
         raise ValueError(f"the same adapter is given twice: {', '.join(map(str, adapters))}")
+    check_apart(Path(folder), *folders)
+    loaded = {str(one): read(one) for one in adapters}
     for name, adapter in loaded.items():
         if check_base and isinstance(adapter.config, PeanutConfig):
             fingerprint.note_absence(adapter.fingerprint, name)
     if not check_base:
         loaded = {name: dataclasses.replace(adapter, fingerprint={}) for name, adapter in loaded.items()}
-    _export(source, folder, loaded, overwrite, track)
+    _export(source, folder, loaded, overwrite, track, check_base)
 
 
 def _export(
-    source: str | Path, folder: str | Path, adapters: Mapping[str, ModuleAdapters], overwrite: bool, track: Track
+    source: str | Path,
+    folder: str | Path,
+    adapters: Mapping[str, ModuleAdapters],
+    overwrite: bool,
+    track: Track,
+    check_base: bool = True,
 ) -> None:
-    checkpoint = open_checkpoint(source)
-    _check_apart(checkpoint.folder, Path(folder))
+    fingerprinted = all(adapter.fingerprint for adapter in adapters.values())
+    checkpoint = open_base(source, fingerprinted or not check_base)
+    check_apart(Path(folder), checkpoint.folder)
     places = {name: locate(checkpoint, adapter) for name, adapter in adapters.items()}
     replaced, added, rename = _saved_tensors(checkpoint, adapters, places)
     uses: dict[str, list[tuple[str, str]]] = {}
@@ -123,7 +140,7 @@ def _export(
         raise ValueError(f"{clash[0]!r} is adapted by one adapter and saved in full by another")
     files = list(checkpoint.headers)
     order = sorted([*uses, *replaced], key=lambda name: (files.index(checkpoint.entries[name].file), name))
-    with new_folder(Path(folder), overwrite) as temporary:
+    with new_folder(Path(folder), overwrite, MERGED_FILE) as temporary:
         _copy_others(checkpoint, temporary)
         starts: dict[Path, int] = {}
 
@@ -142,8 +159,8 @@ def _export(
                 copy(file)
         if rename or added:
             _write_index(temporary, checkpoint, rename, added)
-            _write_config(temporary, adapters.values(), added)
-        record = {"base": str(source), "tensors": order}
+            _write_config(temporary, Path(folder), adapters.values(), added)
+        record = {"base": str(source), "adapters": {n: str(a.config) for n, a in adapters.items()}, "tensors": order}
         (temporary / MERGED_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -156,36 +173,23 @@ def _merged(
 ) -> np.ndarray:
     """The tensor with every adapter's update, each of the original kernel."""
     kernel = places[uses[0][0]].kernels[uses[0][1]]
-    thetas, configs = [], []
+    tensor, pairs = checkpoint.read(name), []
     for adapter, module in uses:
-        thetas.append(adapters[adapter].thetas[module])
-        configs.append(adapters[adapter].module_config(module))
-    tensor = checkpoint.read(name)
-    with jax.default_matmul_precision("highest"):
-        lefts, rights, digest = _factors(tensor, thetas, tuple(configs), kernel.transposed)
-        found = fingerprint.hexadecimal(jax.device_get(digest))
-        for adapter, module in uses:
-            if adapters[adapter].fingerprint:
-                fingerprint.check({module: found}, adapters[adapter].fingerprint, adapter, str(checkpoint.folder))
-        for start in range(0, len(tensor), BLOCK):  # so that no float32 array of the kernel's size is made
-            block = slice(start, start + BLOCK)
-            tensor[block], finite = _add(tensor[block], lefts[block], rights)
-            if not finite:
-                raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
-    return tensor
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _factors(
-    tensor: Float[Array, "rows columns"], thetas: Sequence[Theta], configs: tuple[Config, ...], conv1d: bool
-) -> tuple[Float[Array, "rows r"], Float[Array, "r columns"], Array]:
-    """Every update as one product in the tensor's own layout (torch's Linear is [d_out, d_in]), and W0's digest."""
-    kernel = tensor if conv1d else tensor.T
-    pairs = [pair(theta, kernel, config) for theta, config in zip(thetas, configs, strict=True)]
+        one = adapters[adapter]
+        left, right, found = tensor_factors(
+            tensor, one.thetas[module], one.module_config(module), one.factor_dtype, kernel.transposed
+        )
+        if one.fingerprint:
+            fingerprint.check({module: found}, one.fingerprint, adapter, str(checkpoint.folder))
+        pairs.append((left, right) if kernel.transposed else (right.T, left.T))  # torch's Linear is [d_out, d_in]
     left = jnp.concatenate([left for left, _ in pairs], axis=1)
     right = jnp.concatenate([right for _, right in pairs], axis=0)
-    rows, columns = (left, right) if conv1d else (right.T, left.T)
-    return rows, columns, fingerprint.digest(kernel)
+    for start in range(0, len(tensor), BLOCK):  # so that no float32 array of the kernel's size is made
+        block = slice(start, start + BLOCK)
+        tensor[block], finite = _add(tensor[block], left[block], right)
+        if not finite:
+            raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
+    return tensor
 
 
 @jax.jit
@@ -210,7 +214,10 @@ def _rows(adapters: Adapters, config: Config) -> dict[str, list[int] | None]:
             )
         layers = config.layers_to_transform
         wanted = range(stack[0]) if stack and layers is None else (layers,) if isinstance(layers, int) else layers
-        found[path] = sorted(set(wanted or ())) if stack else None
+        # A stack that is shorter than another lacks the last of the chosen layers.
+        found[path] = sorted(set(wanted or ()))[: stack[0]] if stack else None
+        if stack and len(found[path] or ()) != stack[0]:
+            raise ValueError(f"theta of {path!r} has {stack[0]} layers, and layers_to_transform names {wanted}")
     return found
 
 
@@ -221,28 +228,47 @@ def _saved_tensors(
     replaced: dict[str, np.ndarray] = {}
     added: dict[str, np.ndarray] = {}
     prefix = ""
+    some = next(iter(next(iter(places.values())).tensors.values()))
+    own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
+    top = {name.partition(".")[0] for name in checkpoint.entries}
     for name, adapter in adapters.items():
+        _check_tied(checkpoint, name, adapter)
         for saved, array in adapter.saved.items():
             place = places[name].saved[saved]
-            target = replaced if place else added
-            if (place or saved) in target:
+            entry = checkpoint.entries.get(place or "")
+            if (place or saved) in (added if entry is None else replaced):
                 raise ValueError(f"two of the adapters save {saved!r}; the sum of two heads means nothing")
-            if place is None:
-                prefix = places[name].prefix
-                added[saved] = array
-            elif checkpoint.entries[place].shape != array.shape:
+            if entry is not None and entry.shape != array.shape:
                 raise ValueError(
-                    f"{saved!r} is {array.shape} in {name} and {checkpoint.entries[place].shape} in "
-                    f"{checkpoint.folder}; give the checkpoint without this head, or the one that was trained on"
+                    f"{saved!r} is {array.shape} in {name} and {entry.shape} in {checkpoint.folder}; give the "
+                    "checkpoint without this head, or the one that was trained on"
                 )
+            if entry is None and saved.removeprefix(places[name].prefix).partition(".")[0] in top:
+                raise ValueError(f"{saved!r} of {name} has no place in {checkpoint.folder}, and is no new head either")
+            with np.errstate(over="ignore"):  # an error below
+                cast = array.astype(own_dtype if entry is None else dtype_of(entry.dtype, place or ""))
+            if not finite(cast):
+                raise ValueError(f"{saved!r} of {name} holds a NaN or an infinity in the checkpoint's {cast.dtype}")
+            if entry is None:
+                prefix = places[name].prefix
+                added[saved] = cast
             else:
-                replaced[place] = array.astype(dtype_of(checkpoint.entries[place].dtype, place))
-    if added:
-        some = next(iter(next(iter(places.values())).tensors.values()))
-        dtype = dtype_of(checkpoint.entries[some].dtype, some)
-        added = {name: array.astype(dtype) for name, array in added.items()}
+                replaced[str(place)] = cast
     rename = {name: prefix + name for name in checkpoint.entries} if prefix else {}
     return replaced, added, rename
+
+
+def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
+    """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
+    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", _HEAD not in checkpoint.entries):
+        return
+    for saved in adapter.saved:
+        if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
+            raise ValueError(
+                f"{name} saves {saved!r}, and {checkpoint.folder} ties its head to its embedding, so that whoever "
+                "loads a merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the "
+                "base (tie_word_embeddings: false and a lm_head.weight of its own) before training"
+            )
 
 
 def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
@@ -253,7 +279,7 @@ def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     )
     for entry in checkpoint.folder.iterdir():
         weights = entry.suffix == ".safetensors" or stale(str(checkpoint.folder), [entry.name])
-        if entry.name in shards or weights:
+        if entry.name in shards or weights or entry.name == MERGED_FILE:
             continue
         if entry.is_dir():
             shutil.copytree(entry, folder / entry.name)
@@ -265,37 +291,33 @@ def _write_index(folder: Path, checkpoint: Checkpoint, rename: Mapping[str, str]
     path = folder / INDEX_FILE
     if not path.is_file():
         return
-    index = read_json(path)
+    index = read_index(path)
     index["weight_map"] = {rename.get(name, name): file for name, file in index["weight_map"].items()}
     index["weight_map"] |= dict.fromkeys(added, list(checkpoint.headers)[-1].name)
-    if "total_size" in index.get("metadata", {}):
+    if "total_size" in (index.get("metadata") or {}):
         index["metadata"]["total_size"] += sum(array.nbytes for array in added.values())
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, adapters: Iterable[ModuleAdapters], added: Mapping[str, np.ndarray]) -> None:
+def _write_config(
+    folder: Path, final: Path, adapters: Iterable[ModuleAdapters], added: Mapping[str, np.ndarray]
+) -> None:
     """The class that has the added head and the number of its labels; transformers makes a head of these."""
     from transformers.models.auto import modeling_auto
 
-    task_type = next((adapter.config.task_type for adapter in adapters if adapter.saved), None)
+    task_type = next((adapter.config.task_type for adapter in adapters if added.keys() & adapter.saved), None)
     path = folder / "config.json"
     content = read_json(path)
     classes = getattr(modeling_auto, _CLASSES.get(task_type or "", ""), {})
     if (name := classes.get(content.get("model_type"))) is None:
         logger.warning(
             "%s: the head (%s) is added, but config.json stays as it is, since task_type=%r names no class for it",
-            folder.name, ", ".join(added), task_type,
+            final, ", ".join(added), task_type,
         )  # fmt: skip
         return
     content["architectures"] = [name]
     labels = label_count(added)
-    if labels is not None and len(content.get("id2label", {})) != labels:
+    if labels is not None and len(content.get("id2label") or {}) != labels:
         content["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         content["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _check_apart(source: Path, folder: Path) -> None:
-    source, folder = source.resolve(), folder.resolve()
-    if source == folder or source in folder.parents or folder in source.parents:
-        raise ValueError(f"the output folder {folder} and the source {source} must lie apart: the source is kept")

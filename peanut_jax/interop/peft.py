@@ -5,7 +5,7 @@ hold.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -76,17 +76,26 @@ def load_adapter(
 
 def from_tree(adapters: Adapters, config: Config, params: PyTree, targets: Mapping[str, Target]) -> ModuleAdapters:
     """Our adapters as torch's modules, with the base's fingerprint."""
-    found = by_module(adapters, config, {path: names.rows_of(target) for path, target in targets.items()})
     flat = flatten(params)
     kernels = find(flat) | {path: target.kernel for path, target in targets.items()}
+    rows = {path: names.rows_of(target) for path, target in targets.items()}
+    found = by_module(adapters, config, rows, _stacks(kernels))
     config = torch_selection(config, found.thetas, module_slots(kernels))
     config = torch_saving(config, flat, names.every_module(flat, _stacks(kernels)))
     prints = fingerprint.of_targets(params, targets) if isinstance(config, PeanutConfig) else {}
-    return dataclasses.replace(found, config=config, fingerprint=prints)
+    dtype = flat[next(iter(targets))].dtype.name
+    return dataclasses.replace(found, config=config, fingerprint=prints, base_dtype=dtype)
 
 
-def by_module(adapters: Adapters, config: Config, rows: Mapping[str, Sequence[int] | None]) -> ModuleAdapters:
-    """Thetas by torch module and saved tensors by torch name; `rows` are those of each kernel's stack."""
+def by_module(
+    adapters: Adapters, config: Config, rows: Mapping[str, Sequence[int] | None], scanned: Collection[str]
+) -> ModuleAdapters:
+    """Thetas by torch module and saved tensors by torch name.
+
+    Args:
+        rows: Of each kernel's stack.
+        scanned: The containers of scanned layers.
+    """
     thetas = {}
     for path, theta in adapters.items():
         if not isinstance(theta, Mapping):
@@ -95,8 +104,7 @@ def by_module(adapters: Adapters, config: Config, rows: Mapping[str, Sequence[in
         layers = names.modules(path, rows[path])
         for i, module in enumerate(layers):
             thetas[module] = {name: leaf if rows[path] is None else leaf[i] for name, leaf in host.items()}
-    scanned = _containers(path for path, stacked in rows.items() if stacked is not None)
-    return ModuleAdapters(config, thetas, names.to_torch(saved(adapters), scanned))
+    return ModuleAdapters(config, thetas, names.to_torch(saved(adapters), scanned), base_dtype="float32")
 
 
 def to_tree(loaded: ModuleAdapters, params: PyTree, axes: Axes | None = None) -> tuple[Adapters, Config]:
@@ -153,11 +161,8 @@ def module_slots(kernels: Mapping[str, Kernel]) -> names.Slots:
 
 def _stacks(kernels: Mapping[str, Kernel]) -> set[str]:
     """The containers of scanned layers."""
-    return _containers(path for path, kernel in kernels.items() if kernel.stack)
-
-
-def _containers(paths: Iterable[str]) -> set[str]:
-    return {prefix for path in paths if (prefix := names.container(path)) is not None}
+    prefixes = {names.container(path) for path, kernel in kernels.items() if kernel.stack}
+    return {prefix for prefix in prefixes if prefix is not None}
 
 
 def _check_alike(modules: Sequence[str], thetas: Sequence[Mapping[str, np.ndarray]]) -> None:

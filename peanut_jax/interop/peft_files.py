@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from peanut_jax.config import TASK_HEADS, Config, LoraConfig, PeanutConfig
-from peanut_jax.interop.files import read_tensors, write_tensors, write_text
+from peanut_jax.interop.files import finite, read_tensors, write_tensors, write_text
 from peanut_jax.models.hf_files import local_folder, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT_KEY = "peanut_jax.base_fingerprint"
+DTYPE_KEY = "peanut_jax.base_dtype"
 
 # peft_type -> the config class and the fields that the type itself fixes. HF PEFT knows the first two and refuses the
 # others, which it would compute as another function.
@@ -41,14 +42,13 @@ _BOOKKEEPING = {
 }  # fmt: skip
 _LORA_BOOKKEEPING = {
     "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
-    "lora_ga_config",
     # Read by _lora_scaling, _check_shapes and config_of.
     "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 # The tensors of HF's heads that have a row a label.
 _LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 # LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
-_PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+_PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class ModuleAdapters:
         thetas: Torch module name -> theta of that one kernel.
         saved: Torch tensor name -> array, for the saved modules.
         fingerprint: Of the base's kernels; empty where the writer made none.
+        base_dtype: Of the kernels in training, in which the factors are computed; None for HF PEFT's adapters.
         scalings: Modules whose scaling is not `config.scaling`, and ranks other than `config.r` (LoRA's patterns).
     """
 
@@ -67,7 +68,13 @@ class ModuleAdapters:
     thetas: dict[str, dict[str, np.ndarray]]
     saved: dict[str, np.ndarray]
     fingerprint: dict[str, str] = dataclasses.field(default_factory=dict)
+    base_dtype: str | None = None
     scalings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def factor_dtype(self) -> str:
+        """HF PEFT computes in theta's dtype, whatever the kernel's (peft 0.21.2, `tuners/peanut/layer.py`)."""
+        return self.base_dtype or "float32"
 
     def module_config(self, module: str) -> Config:
         """The config of one module, with its own rank and scaling."""
@@ -90,6 +97,8 @@ def write(folder: str | Path, adapter: ModuleAdapters) -> None:
             tensors |= {f"{PREFIX}{module}.{key}.weight": matrix.T for key, matrix in layers.items()}
     tensors |= {PREFIX + name: array for name, array in adapter.saved.items()}
     metadata = {FINGERPRINT_KEY: json.dumps(adapter.fingerprint)} if adapter.fingerprint else {}
+    metadata |= {DTYPE_KEY: adapter.base_dtype} if adapter.base_dtype else {}
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # so that a crash leaves no old config beside new weights
     write_tensors(folder / WEIGHTS_FILE, tensors, metadata)
     write_text(folder / CONFIG_FILE, json.dumps(_fields(adapter.config, peft_type), indent=2, sort_keys=True) + "\n")
 
@@ -113,16 +122,21 @@ def read(folder: str | Path) -> ModuleAdapters:
     fields = read_json(path)
     try:
         config = config_of(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
     tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
     try:
+        if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
+            raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
         thetas, kept = _thetas(tensors, fields["peft_type"])
         scalings = _check_shapes(thetas, config, fields)
         prints = _fingerprint(metadata)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
-    return ModuleAdapters(config, thetas, kept, prints, scalings)
+    dtype = metadata.get(DTYPE_KEY)
+    if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {DTYPE_KEY} is {dtype!r}, no floating dtype")
+    return ModuleAdapters(config, thetas, kept, prints, dtype, scalings)
 
 
 def type_of(config: Config) -> str:

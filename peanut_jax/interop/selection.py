@@ -40,7 +40,7 @@ def _selected(config: Config, modules: Iterable[str], saved_modules: Collection[
         assert config.target_modules is not None
         if config.exclude_modules is not None and listed(config.exclude_modules, module):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved_modules):
+        if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in saved_modules):
             return False
         if not listed(config.target_modules, module):
             return False

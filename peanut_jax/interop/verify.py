@@ -34,7 +34,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        return self.largest / self.scale
+        return self.largest / self.scale if self.scale else self.largest
 
 
 def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: int = 0) -> Difference:
@@ -72,7 +72,9 @@ def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: i
 def _logits(model: Any, params: Mapping[str, Any], seed: int) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         outputs = model(**_inputs(model, seed), params=params)
-    return np.asarray(outputs["logits"] if "logits" in outputs else outputs[0], np.float32)
+    # A question answerer has start and end logits; a base has none, and its first output is its last hidden state.
+    found = [outputs[name] for name in outputs if name.endswith("logits")] or [outputs[0]]
+    return np.concatenate([np.asarray(one, np.float32) for one in found], axis=-1)
 
 
 def _inputs(model: Any, seed: int) -> dict[str, np.ndarray]:

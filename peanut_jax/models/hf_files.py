@@ -56,7 +56,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -88,14 +88,25 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
 
 
 def _shards(source: str, index: Path, revision: str | None) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{index} must hold a weight_map from tensor names to files beside it")
-    files = {name: find(source, name, revision) for name in sorted(set(names))}
+    names = set(read_index(index)["weight_map"].values())
+    files = {name: find(source, name, revision) for name in sorted(names)}
     if absent := [name for name, path in files.items() if path is None]:
         raise FileNotFoundError(f"{index} lists {', '.join(absent)}, which is missing; fetch it again")
     return [path for path in files.values() if path]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint in shards.
+
+    Raises:
+        ValueError: no weight_map, or one that leads out of the folder.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{path} must hold a weight_map from tensor names to files beside it")
+    return index
 
 
 def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:

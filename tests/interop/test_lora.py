@@ -210,6 +210,7 @@ def lora_folder(family, tmp_path):
         ({"bias": "all"}, r"bias='all' is not supported"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=.* is not supported"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' trains on a changed base"),
+        ({"init_lora_weights": "lora_ga"}, r"init_lora_weights='lora_ga' trains on a changed base"),
         ({"lora_alpha": -1}, r"lora_alpha must be a number above 0"),
         ({"lora_alpha": None}, r"lora_alpha must be a number above 0"),
     ],
@@ -250,6 +251,20 @@ def test_an_adapter_of_another_base_is_not_exported(family, tmp_path):
         to_lora_folder(tmp_path / "adapter", checkpoint, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     to_lora_folder(tmp_path / "adapter", checkpoint, tmp_path / "lora", check_base=False)
+
+
+def test_to_lora_folder_keeps_what_is_there(family, tmp_path):
+    one = family("bert")
+    for name, config in (
+        ("peanut", pj.PeanutConfig(r=2, target_modules=["query"])),
+        ("lora", pj.LoraConfig(r=2, target_modules=["query"])),
+    ):
+        pj.save_adapter(tmp_path / name, drawn(one.params, config), config, one.params)
+    with pytest.raises(FileExistsError, match=r"holds an adapter"):
+        to_lora_folder(tmp_path / "peanut", one.folder, tmp_path / "lora")
+    to_lora_folder(tmp_path / "peanut", one.folder, tmp_path / "lora", overwrite=True)
+    with pytest.raises(ValueError, match=r"is a LoRA already"):
+        to_lora_folder(tmp_path / "lora", one.folder, tmp_path / "again")
 
 
 def test_nans_are_not_exported(family, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import peanut_jax as pj
 from peanut_jax.interop.checkpoint import MERGED_FILE
 from peanut_jax.interop.files import read_header
+from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.kernels import flatten
 from peanut_jax.models import hf
@@ -81,7 +83,7 @@ def test_only_adapted_tensors_change(sharded, tmp_path):
     _, params = hf.load(sharded, "causal-lm", dtype=jnp.bfloat16)
     config = pj.PeanutConfig(r=3, target_modules=["q_proj", "down_proj"], init_weights=False)
     adapters = drawn(params, config)
-    pj.export_merged(sharded, tmp_path / "out", adapters, config, base_fingerprint=pj.fingerprint(params, config))
+    pj.export_merged(sharded, tmp_path / "out", adapters, config, params)
     (sharded / "consolidated.safetensors").rename(tmp_path / "aside")
     before, after = contents(sharded), contents(tmp_path / "out")
     (tmp_path / "aside").rename(sharded / "consolidated.safetensors")
@@ -118,7 +120,7 @@ def test_scanned_layers_and_chosen_ones(sharded, tmp_path):
     stack = scanned(params, "model", "layers")
     config = pj.PeanutConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1], init_weights=False)
     adapters = drawn(stack, config)
-    pj.export_merged(sharded, tmp_path / "out", adapters, config)
+    pj.export_merged(sharded, tmp_path / "out", adapters, config, stack)
     got = flatten(hf.load(tmp_path / "out", "causal-lm", dtype=jnp.bfloat16)[1])
     want = flatten(scanned(hf.load(tmp_path / "out", "causal-lm", dtype=jnp.bfloat16)[1], "model", "layers"))
     merged = flatten(pj.merge(stack, adapters, config))
@@ -252,12 +254,20 @@ def test_an_existing_folder(case):
     source, adapter, out = case
     out.mkdir()
     (out / "mine").write_text("keep")
-    with pytest.raises(FileExistsError, match=r"exists; give another folder, or overwrite=True \(--overwrite\)"):
-        merge_folders(source, [adapter], out)
+    for overwrite, message in ((False, r"exists; give another.*--overwrite"), (True, r"was not written here")):
+        with pytest.raises(FileExistsError, match=message):
+            merge_folders(source, [adapter], out, overwrite=overwrite)
     assert (out / "mine").read_text() == "keep"
-    merge_folders(source, [adapter], out, overwrite=True)
-    assert not (out / "mine").exists()
-    assert_nothing_left(out, kept=("source", "adapter", "out"))
+    (out / "mine").unlink()
+    for _ in range(2):
+        merge_folders(source, [adapter], out, overwrite=True)
+    (out / "more").write_text("of this merge")
+    link = out.parent / "link"
+    link.symlink_to(out)
+    merge_folders(source, [adapter], link, overwrite=True)
+    assert link.is_symlink()
+    assert not (out / "more").exists()
+    assert_nothing_left(out, kept=("source", "adapter", "out", "link"))
 
 
 def test_a_crash_keeps_the_old_folder(case, monkeypatch):
@@ -278,12 +288,20 @@ def test_a_crash_keeps_the_old_folder(case, monkeypatch):
 def test_merged_weights_as_a_base(case):
     source, adapter, out = case
     merge_folders(source, [adapter], out)
-    with pytest.raises(ValueError, match=r"holds merged weights"):
-        merge_folders(out, [adapter], out.parent / "twice")
-    (out / MERGED_FILE).unlink()
+    twice = out.parent / "twice"
     with pytest.raises(ValueError, match=r"another base.*layer\.0\.attention\.self\.query' differs"):
-        merge_folders(out, [adapter], out.parent / "twice")
-    assert not (out.parent / "twice").exists()
+        merge_folders(out, [adapter], twice)
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # without the fingerprint, as PEFT writes it
+    with pytest.raises(ValueError, match=r"holds merged weights"):
+        merge_folders(out, [adapter], twice)
+    assert not twice.exists()
+    # An adapter that was trained on merged weights, though, may be merged into them.
+    _, params = hf.load(out, "sequence-classification")
+    config = pj.PeanutConfig(r=2, target_modules=["query"], init_weights=False)
+    pj.save_adapter(out.parent / "second", drawn(params, config), config, params)
+    merge_folders(out, [out.parent / "second"], twice)
+    assert (twice / MERGED_FILE).is_file()
 
 
 def test_another_base(case):
@@ -347,6 +365,8 @@ def pickles_only(source):
         (lambda s: index_with(s, lambda m: m.pop(NAME)), ValueError, r"disagree about 'bert"),
         (lambda s: index_with(s, lambda m: m.update({"ghost": m[NAME]})), ValueError, r"disagree about 'ghost'"),
         (lambda s: (s / INDEX).write_text("{"), ValueError, r"not valid JSON"),
+        (lambda s: (s / INDEX).write_text("{}"), ValueError, r"must hold a weight_map"),
+        (lambda s: (s / INDEX).write_text('{"weight_map": []}'), ValueError, r"must hold a weight_map"),
         (add_flax_format, ValueError, r"saved by 'flax'; only PyTorch's names"),
         (twice, ValueError, r"is in model-00001.* and in model-00002"),
         (quantised, ValueError, r"dtype I8: quantised weights"),
@@ -380,12 +400,108 @@ def test_an_adapter_of_another_width(case):
         pj.export_merged(source, out, adapters, config)
 
 
-@pytest.mark.parametrize("out", ["source", "source/inside", "."])
+@pytest.mark.parametrize("out", ["source", "source/inside", ".", "adapter", "adapter/inside"])
 def test_folders_that_overlap(case, out):
     source, adapter, _ = case
-    with pytest.raises((ValueError, FileExistsError), match=r"must lie apart"):
-        merge_folders(source, [adapter], source.parent / out, overwrite=True)
+    for write in (
+        lambda out: merge_folders(source, [adapter], out, overwrite=True),
+        lambda out: to_lora_folder(adapter, source, out, overwrite=True),
+    ):
+        with pytest.raises(ValueError, match=r"must lie apart"):
+            write(source.parent / out)
     assert (source / "config.json").is_file()
+    assert (adapter / "adapter_config.json").is_file()
+
+
+def test_the_same_adapter_twice(case):
+    source, adapter, out = case
+    with pytest.raises(ValueError, match=r"given twice"):
+        merge_folders(source, [adapter, adapter / ".." / "adapter"], out)
+
+
+def test_a_prefix_that_is_not_certain(case, tmp_path):
+    """Two towers with layers of the same names: the adapter's could be either's."""
+    source, _, out = case
+    two = tmp_path / "towers"
+    two.mkdir()
+    shutil.copyfile(source / "config.json", two / "config.json")
+    kernel = np.ones((4, 4), np.float32)
+    save_file({f"{tower}.layers.0.q.weight": kernel for tower in ("text", "vision")}, two / "model.safetensors")
+    theta = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}
+    with pytest.raises(ValueError, match=r"could be 'text\.layers\.0\.q' or 'vision\.layers\.0\.q'"):
+        pj.export_merged(two, out, {"layers/0/q/kernel": theta}, pj.PeanutConfig(r=2, target_modules=["q"]))
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_tied_heads(tmp_path, saved):
+    """PEFT trains one of the two matrices; a merged checkpoint would tie them again."""
+    fields = {**bridge.SIZES, **bridge.FAMILIES["llama"].fields, "tie_word_embeddings": True}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.PeanutConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"saves '.*{saved}\.weight', and .* ties its head"):
+        merge_folders(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+
+def test_saved_modules_without_a_place(case):
+    source, _, out = case
+    query = "bert/encoder/layer/0/attention/self/query/kernel"
+    adapters = {query: {"a": jnp.ones((32, 2)), "b": jnp.ones((2, 32))}, "bert/encoder/extra/scale": jnp.ones(3)}
+    config = pj.PeanutConfig(r=2, target_modules=["query"], modules_to_save=["extra"])
+    with pytest.raises(ValueError, match=r"'bert\.encoder\.extra\.weight' of adapter 0 has no place"):
+        pj.export_merged(source, out, adapters, config)
+
+
+def test_saved_modules_that_overflow_the_checkpoints_dtype(family, tmp_path):
+    one = family("bert")
+    type(one.twin.torch).from_pretrained(one.folder).half().save_pretrained(tmp_path / "half")
+    config = pj.PeanutConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    adapters = drawn(one.params, config)
+    adapters["classifier/bias"] = jnp.full(3, 1e6)
+    with pytest.raises(ValueError, match=r"'classifier\.bias' of adapter 0 holds a NaN or an infinity .* float16"):
+        pj.export_merged(tmp_path / "half", tmp_path / "out", adapters, config)
+
+
+@pytest.mark.parametrize("trained_in", [jnp.float32, jnp.bfloat16])
+def test_updates_are_computed_as_in_training(sharded, tmp_path, trained_in):
+    """A bfloat16 checkpoint read as float32 gives updates of float32 factors; the directory says which."""
+    _, params = hf.load(sharded, "causal-lm", dtype=trained_in)
+    config = pj.PeanutConfig(r=3, target_modules=["down_proj"], init_weights=False)
+    adapters = drawn(params, config)
+    pj.save_adapter(tmp_path / "adapter", adapters, config, params)
+    to_lora_folder(tmp_path / "adapter", sharded, tmp_path / "lora")
+    lora, _ = pj.load_adapter(tmp_path / "lora", params)
+    want, _ = pj.to_lora(adapters, params, config)
+    for path, theta in want.items():
+        np.testing.assert_allclose(lora[path]["a"], theta["a"], rtol=1e-5, atol=1e-6)
+    merge_folders(sharded, [tmp_path / "adapter"], tmp_path / "out")
+    pj.export_merged(sharded, tmp_path / "api", adapters, config, params)
+    assert contents(tmp_path / "out") == contents(tmp_path / "api")
+
+
+def test_stacks_of_different_heights(tmp_path):
+    """Of layers 1 and 3, a stack of two has one."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: {"layers": {"q": {"kernel": jnp.asarray(rng.normal(size=(count, 4, 4)), jnp.float32)}}}
+        for name, count in (("encoder", 4), ("decoder", 2))
+    }
+    tensors = {
+        f"{name}.layers.{i}.q.weight": np.ascontiguousarray(np.asarray(tree["layers"]["q"]["kernel"][i]).T)
+        for name, tree in params.items()
+        for i in range(len(tree["layers"]["q"]["kernel"]))
+    }
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = pj.PeanutConfig(r=2, target_modules=["q"], layers_to_transform=[1, 3], init_weights=False)
+    adapters = pj.init(jax.random.key(0), params, config)
+    for name, extra in (("with", (params,)), ("without", ())):
+        pj.export_merged(tmp_path / "base", tmp_path / name, adapters, config, *extra)
+        after = load_file(tmp_path / name / "model.safetensors")
+        changed = {tensor for tensor in tensors if not np.array_equal(after[tensor], tensors[tensor])}
+        assert changed == {"encoder.layers.1.q.weight", "encoder.layers.3.q.weight", "decoder.layers.1.q.weight"}
 
 
 def test_nans(case, family):

@@ -156,6 +156,20 @@ def test_saved_modules_in_a_stack(family, tmp_path):
     )
 
 
+def test_scalars_and_stacks_that_are_only_saved(tmp_path):
+    """A layer norm of a scanned stack in which nothing is adapted, and a parameter without axes."""
+    params = {
+        "encoder": {"layers": {"q": {"kernel": jnp.ones((2, 4, 4))}}},
+        "decoder": {"layers": {"q": {"kernel": jnp.ones((3, 4, 4))}, "ln": {"scale": jnp.ones((3, 4))}}},
+        "heat": {"temperature": jnp.ones(())},
+    }
+    config = pj.PeanutConfig(r=2, target_modules=["encoder.layers.q"], modules_to_save=["ln", "heat"])
+    adapters = drawn(params, config)
+    pj.save_adapter(tmp_path, adapters, config, params)
+    assert load_file(tmp_path / WEIGHTS_FILE)["base_model.model.decoder.layers.2.ln.weight"].shape == (4,)
+    assert_identical(pj.load_adapter(tmp_path, params)[0], adapters)
+
+
 def test_convolutions_among_saved_modules(family, tmp_path):
     """ViT's patch embedding is a convolution, [h, w, in, out] in Flax and [out, in, h, w] in torch."""
     one = family("vit")
@@ -336,6 +350,9 @@ QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query"
         ({"new_feature": True}, r"new_feature=True is not supported"),
         ({"target_modules": ["query", "value"]}, r"lacks, first 'bert\.encoder\.layer\.0\.attention\.self\.value'"),
         ({"task_type": "NONSENSE"}, r"task_type must be one of"),
+        ({"layers_pattern": "("}, r"layers_pattern .*regular expression"),
+        ({"scaling": 10**400}, r"scaling must be"),
+        ({"r": 10**400}, r"r must be below"),
     ],
 )
 def test_bad_configs(family, saved, change, message):
@@ -367,6 +384,7 @@ def test_bad_configs(family, saved, change, message):
         (lambda t: t.update({"base_model.model.classifier.bias": np.ones(7, np.float32)}), r"is \(7,\), and \(3,\)"),
         (lambda t: t.update({f"{QUERY}.peanut_A.weight": np.ones((2, 32), np.int8)}), r"dtype I8"),
         (lambda t: t.clear(), r"no adapter tensors"),
+        (lambda t: t[f"{QUERY}.peanut_A.weight"].fill(np.nan), r"'.*peanut_A\.weight' holds a NaN"),
     ],
 )
 def test_bad_tensors(family, saved, change, message):
@@ -392,7 +410,7 @@ def test_missing_files_and_pickles(family, saved):
         pj.load_adapter(saved / "nowhere", params)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"r": 1, "r": 2}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"r": 1, "r": 2}', "\x00", '{"r":' + "[" * 100000])
 def test_a_config_that_is_no_json_object(family, saved, text):
     (saved / CONFIG_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"JSON|twice"):
@@ -405,6 +423,12 @@ def test_an_adapter_without_torch_names_is_refused():
     adapters = pj.init(jax.random.key(0), params, config)
     with pytest.raises(NotImplementedError, match=r"'stack/dense/kernel' is a stack of layers, and no part"):
         pj.save_adapter("nowhere", adapters, config, params)
+
+
+def test_names_that_match_nothing_are_left_out(family, saved):
+    """As PEFT does with its heads, "classifier" and "score"; they are no regular expressions either."""
+    edit_config(saved, modules_to_save=["a(", "score"])
+    assert pj.load_adapter(saved, family("bert").params)[1].modules_to_save is None
 
 
 def test_peft_saves_by_the_end_of_a_name(family, tmp_path):

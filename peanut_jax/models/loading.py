@@ -1,0 +1,160 @@
+"""Checkpoints of the decoder, streamed: from safetensors straight into stacked, cast and sharded arrays."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from peanut_jax.interop.checkpoint import Checkpoint, open_checkpoint
+from peanut_jax.interop.files import finite
+from peanut_jax.interop.names import container, numbered, tensor_name
+from peanut_jax.kernels import COLLECTION, flatten, replace
+from peanut_jax.models.decoder import Decoder
+from peanut_jax.models.decoder_config import read_config
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Tensors that some checkpoints hold and no model reads: the rotary frequencies are computed.
+_BUFFERS = re.compile(r".*rotary_emb\.inv_freq")
+# Bytes of a tensor that are read at a time where a shard takes some of its columns.
+_BLOCK_BYTES = 1 << 24
+
+
+def load_decoder(
+    source: str | Path,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    **overrides: Any,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Loads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+
+    Tensor by tensor, the layers of a kernel into one stacked array. With a mesh each process reads the slices that its
+    devices hold and no others.
+
+    Args:
+        source: A folder with config.json and safetensors (one file, or an index and its shards), or a hub name.
+        dtype: Of activations, kernels and embeddings. Norms stay float32.
+        mesh: Devices to spread the parameters over; None puts them on the default device.
+        rules: (regular expression, PartitionSpec) pairs, the first that matches a whole parameter path such as
+            `model/layers/self_attn/q_proj/kernel` wins; a stack's first axis is its layers. Needs a mesh.
+        **overrides: Fields of `DecoderConfig`, such as `remat="dots"`.
+
+    Returns:
+        The model, and its variables: `model.apply(params, tokens)`.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, a shard that is missing.
+        ValueError: a config that the decoder does not run; tensors that are missing, left over, misshapen, quantised or
+            hold a NaN; rules that do not fit.
+
+    Example:
+        model, params = load_decoder("meta-llama/Llama-3.2-1B")
+        logits = model.apply(params, tokens)
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name}")
+    if (mesh is None) != (rules is None):
+        raise ValueError("mesh and rules go together: the rules say how the mesh's axes cut the parameters")
+    config = read_config(str(source), **overrides)
+    model = Decoder(config, dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    leaves = flatten(shapes)
+    checkpoint = open_checkpoint(source)
+    _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
+    shardings = _shardings(leaves, mesh, rules)
+    arrays = {}
+    for path, leaf in leaves.items():
+        kind = leaf.dtype if path.endswith("scale") else dtype
+        read = partial(_read, checkpoint, path, leaf.shape, kind)
+        arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
+    return model, replace({COLLECTION: {}}, arrays)
+
+
+def _torch_names(path: str, shape: Sequence[int]) -> list[str]:
+    """The checkpoint's tensors of a leaf: one, or one a layer."""
+    if container(path) is None:
+        return [tensor_name(path)]
+    return [tensor_name(numbered(path, row)) for row in range(shape[0])]
+
+
+def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool) -> None:
+    """Every tensor of the model is there, in its shape, and none is left over."""
+    expected = {}
+    for path, leaf in leaves.items():
+        shape = tuple(leaf.shape[1:] if container(path) is not None else leaf.shape)
+        for name in _torch_names(path, leaf.shape):
+            expected[name] = shape[::-1] if path.endswith("kernel") else shape
+    missing = [name for name in expected if name not in checkpoint.entries]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]!r}"
+        )
+    for name, shape in expected.items():
+        if checkpoint.entries[name].shape != shape:
+            raise ValueError(f"{name!r} is {checkpoint.entries[name].shape}, and its config.json makes it {shape}")
+    extra = [name for name in checkpoint.entries if name not in expected and not _BUFFERS.fullmatch(name)]
+    extra = [name for name in extra if not (tied and name == "lm_head.weight")]  # a copy of the embedding
+    if extra:
+        raise ValueError(
+            f"{checkpoint.folder} holds {len(extra)} tensors that the decoder has no place for, first {extra[0]!r}: "
+            "it would be another function without them"
+        )
+
+
+def _shardings(leaves: Mapping[str, Any], mesh: Mesh | None, rules: Rules | None) -> dict[str, Sharding]:
+    if mesh is None or rules is None:
+        return dict.fromkeys(leaves, jnp.zeros(()).sharding)
+    found: dict[str, Sharding] = {}
+    used = set()
+    for path, leaf in leaves.items():
+        rule = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+        if rule is None:
+            raise ValueError(
+                f"no rule matches {path!r}; end the rules with ('.*', PartitionSpec()) to replicate the rest"
+            )
+        used.add(rule)
+        found[path] = NamedSharding(mesh, rules[rule][1])
+        try:
+            found[path].shard_shape(leaf.shape)
+        except ValueError as error:
+            raise ValueError(f"{path!r} of shape {leaf.shape} cannot be cut by {rules[rule][1]}: {error}") from error
+    if unused := [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]:
+        raise ValueError(f"rule {unused[0]!r} matches no parameter that an earlier rule leaves")
+    return found
+
+
+def _read(
+    checkpoint: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """One shard of a leaf: the slices `index` of the array that the tensors make."""
+    names = _torch_names(path, shape)
+    stacked = container(path) is not None
+    layers = range(*index[0].indices(shape[0])) if stacked else range(1)
+    inner, inner_shape = (index[1:], shape[1:]) if stacked else (index, shape)
+    spans = [range(*one.indices(size)) for one, size in zip(inner, inner_shape, strict=True)]
+    out = np.empty((len(layers), *map(len, spans)), dtype)
+    for slot, layer in zip(out, layers, strict=True):
+        _fill(checkpoint, names[layer], slot.T if path.endswith("kernel") else slot, spans, path.endswith("kernel"))
+    return out if stacked else out[0]
+
+
+def _fill(checkpoint: Checkpoint, name: str, slot: np.ndarray, spans: Sequence[range], transposed: bool) -> None:
+    """Reads the part of a tensor into `slot`, which has the tensor's own layout, some rows at a time."""
+    rows, *columns = reversed(spans) if transposed else spans
+    entry = checkpoint.entries[name]
+    step = max(1, _BLOCK_BYTES * len(rows) // max(1, (entry.stop - entry.start)))
+    for start in range(rows.start, rows.stop, step):
+        block = checkpoint.read_rows(name, start, min(start + step, rows.stop))
+        if columns:
+            block = block[:, columns[0].start : columns[0].stop]
+        if not finite(block):
+            raise ValueError(f"{name!r} in {entry.file} holds a NaN or an infinity")
+        slot[start - rows.start : start - rows.start + len(block)] = block
