@@ -78,7 +78,7 @@ def load_decoder(
     return model, replace({COLLECTION: {}}, arrays)
 
 
-def _torch_names(path: str, shape: Sequence[int]) -> list[str]:
+def torch_names(path: str, shape: Sequence[int]) -> list[str]:
     """The checkpoint's tensors of a leaf: one, or one a layer."""
     if container(path) is None:
         return [tensor_name(path)]
@@ -90,7 +90,7 @@ def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool
     expected = {}
     for path, leaf in leaves.items():
         shape = tuple(leaf.shape[1:] if container(path) is not None else leaf.shape)
-        for name in _torch_names(path, leaf.shape):
+        for name in torch_names(path, leaf.shape):
             expected[name] = shape[::-1] if path.endswith("kernel") else shape
     missing = [name for name in expected if name not in checkpoint.entries]
     if missing:
@@ -135,7 +135,7 @@ def _read(
     checkpoint: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """One shard of a leaf: the slices `index` of the array that the tensors make."""
-    names = _torch_names(path, shape)
+    names = torch_names(path, shape)
     stacked = container(path) is not None
     layers = range(*index[0].indices(shape[0])) if stacked else range(1)
     inner, inner_shape = (index[1:], shape[1:]) if stacked else (index, shape)

@@ -1,5 +1,6 @@
 """The decoder against transformers' torch classes, on tiny random checkpoints of every family."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,10 @@ import pytest
 import torch
 import transformers
 
-from peanut_jax.models.loading import load_decoder
+from peanut_jax.kernels import flatten
+from peanut_jax.models.decoder import empty_cache
+from peanut_jax.models.decoder_config import from_hf
+from peanut_jax.models.loading import load_decoder, torch_names
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -87,3 +91,164 @@ def test_logits(family, name, padding):
     got = forward(params, tokens) if padding == "none" else forward(params, tokens, mask)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(got)[mask == 1], want[mask == 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2-window", "qwen3"])
+def test_cache(family, name):
+    """A prompt and then one token at a time gives the logits of the whole row at once, padding or none."""
+    _, _, model, params = family(name)
+    tokens, mask = tokens_and_mask("left")
+    whole = jax.jit(model.apply)(params, tokens, mask)
+    step = jax.jit(functools.partial(model.apply, method="step"))
+    split = LENGTH - 6
+    logits, cache = step(params, tokens[:, :split], mask[:, :split] == 1, empty_cache(model.config, 3, 64, jnp.float32))
+    for i in range(split, LENGTH):
+        np.testing.assert_allclose(logits, whole[:, i - 1], rtol=0, atol=2e-5)
+        logits, cache = step(params, tokens[:, i : i + 1], jnp.ones((3, 1), bool), cache)
+    np.testing.assert_allclose(logits, whole[:, -1], rtol=0, atol=2e-5)
+    assert int(cache.filled) == LENGTH
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral"])
+def test_packed_rows_are_their_sequences(family, name):
+    _, _, model, params = family(name)
+    tokens, _ = tokens_and_mask("none")
+    forward = jax.jit(model.apply)
+    lengths = (13, 20, 5)  # and two of padding
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
+    packed = forward(params, tokens[:1], segments=segments)
+    start = 0
+    for length in lengths:
+        alone = forward(params, tokens[:1, start : start + length])
+        np.testing.assert_allclose(packed[:, start : start + length], alone, rtol=0, atol=2e-5)
+        start += length
+
+
+def test_loss(family):
+    """Chunks of any size give the cross-entropy of the weighted tokens, and its gradient."""
+    _, _, model, params = family("qwen3")
+    tokens, mask = tokens_and_mask("right")
+    labels, weights = np.roll(tokens, -1, 1), (mask * (np.arange(LENGTH) % 3 != 0)).astype(np.float32)
+    logits = jax.nn.log_softmax(model.apply(params, tokens, mask))
+    want = -(np.take_along_axis(np.asarray(logits), labels[..., None], -1)[..., 0] * weights).sum()
+
+    def loss(params, chunk):
+        return model.apply(params, tokens, labels, weights, mask, chunk=chunk, method="loss")
+
+    grads = {}
+    for chunk in (7, 60, 4096):
+        (total, count), grads[chunk] = jax.value_and_grad(lambda p, c=chunk: loss(p, c), has_aux=True)(params)
+        np.testing.assert_allclose(total, want, rtol=1e-5)
+        assert count == weights.sum()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads[7], grads[4096])
+
+
+def test_the_loss_holds_one_chunk_of_logits(family):
+    """Read from the program: no float32 array of [tokens, vocab]."""
+    _, _, model, params = family("llama2")
+    tokens = jnp.zeros((4, 32), jnp.int32)
+
+    def loss(params):
+        return model.apply(params, tokens, tokens, jnp.ones(tokens.shape), chunk=16, method="loss")[0]
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    vocab = SIZES["vocab_size"]
+    assert f"tensor<16x{vocab}xf32>" in text
+    assert f"128x{vocab}xf32" not in text
+    assert f"4x32x{vocab}xf32" not in text
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_remat_and_unrolling_change_nothing(family, remat, unroll):
+    folder, _, model, params = family("llama2")
+    tokens, _ = tokens_and_mask("none")
+    other, _ = load_decoder(folder, jnp.float32, remat=remat, unroll=unroll)
+
+    def loss(model, params):
+        return jnp.square(model.apply(params, tokens)).mean()
+
+    want = jax.grad(functools.partial(loss, model))(params)
+    got = jax.grad(functools.partial(loss, other))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+
+def test_bfloat16(family):
+    """Weights and activations in bfloat16; logits in float32, within bfloat16's rounding of the layers' sums."""
+    folder, torch_model, _, _ = family("llama3")
+    tokens, _ = tokens_and_mask("none")
+    model, params = load_decoder(folder)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16", "float32"}
+    got = model.apply(params, tokens)
+    assert got.dtype == jnp.float32
+    with torch.no_grad():
+        want = torch_model(torch.from_numpy(tokens)).logits.numpy()
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_module_names_are_transformers(family):
+    _, torch_model, _, params = family("qwen3")
+    ours = {name for path, leaf in flatten(params).items() for name in torch_names(path, leaf.shape)}
+    theirs = {name for name, _ in torch_model.named_parameters()}
+    assert ours == theirs
+
+
+# ---- config.json: what is refused
+
+
+FIELDS = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+          "num_attention_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, r"model_type 'mixtral' is not one that the decoder runs: llama, mistral"),
+        ({"model_type": None}, r"model_type None"),
+        ({"hidden_size": None}, r"hidden_size is missing"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported"),
+        ({"num_local_experts": 8}, r"num_local_experts=8 is not supported"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config=.* is not supported"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"rope type 'llama3' needs low_freq_factor"),
+        ({"num_attention_heads": 3}, r"hidden_size=8 must be a multiple of num_attention_heads=3"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, r"must be a multiple of num_key_value_heads=3"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be an integer of at least 1"),
+        ({"num_hidden_layers": "2"}, r"num_hidden_layers must be an integer of at least 1, got '2'"),
+        ({"head_dim": 3}, r"head_dim must be even"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            r"layer_types must be .* each of 2 layers",
+        ),
+    ],
+)
+def test_configs_that_are_refused(change, message):
+    from_hf(FIELDS)
+    with pytest.raises(ValueError, match=message):
+        from_hf({**FIELDS, **change})
+
+
+def test_overrides_are_checked():
+    with pytest.raises(ValueError, match=r"remat must be one of .*'some'"):
+        from_hf(FIELDS, remat="some")
+    with pytest.raises(ValueError, match=r"'rematerialise' is no field of DecoderConfig"):
+        from_hf(FIELDS, rematerialise=True)
+
+
+def test_defaults_of_fields_that_are_left_out():
+    """Old files leave out what was added later; transformers' own config classes say what they mean."""
+    for model_type, (config_class, _) in {f[0].model_type: f for f in FAMILIES.values()}.items():
+        fields = {**FIELDS, "model_type": model_type, "num_attention_heads": 32, "hidden_size": 128}
+        reference = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
+        ours, theirs = from_hf(fields), from_hf(reference.to_dict())
+        assert dataclasses.replace(ours, rms_norm_eps=1e-6) == dataclasses.replace(theirs, rms_norm_eps=1e-6)
+
+
+def test_rope_parameters_of_transformers_5():
+    scaling = {**LLAMA3, "rope_theta": 5e5}
+    assert from_hf({**FIELDS, "rope_parameters": scaling}) == from_hf(
+        {**FIELDS, "rope_theta": 5e5, "rope_scaling": LLAMA3}
+    )

@@ -1,0 +1,172 @@
+"""Generation equals torch's `generate`: greedy and beams, ragged prompts, ends; with adapters merged and not."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import peanut_jax as pj
+from peanut_jax.models import generate as module
+from peanut_jax.models.generate import Sampling, filtered, generate
+from peanut_jax.models.loading import load_decoder
+from tests.models.test_decoder import build
+
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [18]]
+
+
+@pytest.fixture(scope="module", params=["llama3.1", "mistral", "qwen3"])
+def models(request, tmp_path_factory):
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build("llama3", tmp_path_factory.mktemp("llama3"))
+
+
+def torch_generate(model, prompts, **options):
+    """The new tokens of each prompt, cut after the first end-of-sequence token."""
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **options)[:, length:].tolist()
+    return [cut(row, options.get("eos_token_id") or []) for row in out]
+
+
+def cut(row, eos):
+    ends = [i for i, token in enumerate(row) if token in eos]
+    return row[: ends[0] + 1] if ends else row
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("eos", [(), (3,), tuple(range(3, 12)), tuple(range(3, 40))])
+def test_greedy_and_beams(models, num_beams, eos):
+    """Some of the rows end early with the larger sets of ends."""
+    torch_model, model, params = models
+    options = {"max_new_tokens": 20, "num_beams": num_beams}
+    want = torch_generate(torch_model, PROMPTS, eos_token_id=list(eos) or None, **options)
+    got = generate(model, params, PROMPTS, eos_token_ids=eos, **options)
+    assert got == want
+    if len(eos) > 30:
+        assert min(map(len, got)) < 20
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
+def test_length_penalty(llama, length_penalty):
+    torch_model, model, params = llama
+    options = {"max_new_tokens": 12, "num_beams": 3, "length_penalty": length_penalty}
+    want = torch_generate(torch_model, PROMPTS, eos_token_id=list(range(3, 25)), **options)
+    assert generate(model, params, PROMPTS, eos_token_ids=range(3, 25), **options) == want
+
+
+def adapter(params, seed, **fields):
+    config = pj.PeanutConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_weights": False, **fields}
+    )
+    adapters = jax.tree.map(lambda leaf: 2 * leaf, pj.init(jax.random.key(seed), params, config))
+    return adapters, config
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_adapters_merged_unmerged_and_side_by_side(llama, num_beams):
+    _, model, params = llama
+    options = {"max_new_tokens": 12, "num_beams": num_beams}
+    first, second = adapter(params, 0), adapter(params, 1, r=2, target_modules=["down_proj", "q_proj"])
+    merged = [generate(model, pj.merge(params, *one), PROMPTS, **options) for one in (first, second)]
+    plain = generate(model, params, PROMPTS, **options)
+    assert plain != merged[0] != merged[1]
+    pairs = [pj.factors(one[0], params, one[1]) for one in (first, second)]
+    for pair, want in zip(pairs, merged, strict=True):
+        assert generate(model, params, PROMPTS, factors=pair, **options) == want
+    rows = generate(model, params, PROMPTS, factors=pairs, adapter_ids=[1, 0, 1], **options)
+    assert rows == [merged[1][0], merged[0][1], merged[1][2]]
+
+
+def test_no_recompilation(llama):
+    """Prompts, lengths and adapters of one bucket share the compiled loop."""
+    _, model, params = llama
+    compiled = module._sample._cache_size()
+    for prompts, new in (([[5, 6], [7]], 9), ([[8] * 12, [9]], 16), ([[1] * 16, [2] * 3], 3)):
+        generate(model, params, prompts, max_new_tokens=new)
+    assert module._sample._cache_size() == compiled + 1
+
+
+def test_sampling(llama):
+    _, model, params = llama
+    options = {"max_new_tokens": 16, "sampling": Sampling(temperature=1.5), "key": jax.random.key(0)}
+    drawn = generate(model, params, PROMPTS, **options)
+    assert drawn == generate(model, params, PROMPTS, **options)
+    assert drawn != generate(model, params, PROMPTS, **{**options, "key": jax.random.key(1)})
+    greedy = generate(model, params, PROMPTS, max_new_tokens=16)
+    assert drawn != greedy
+    assert generate(model, params, PROMPTS, **{**options, "sampling": Sampling(top_k=1)}) == greedy
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.7, top_k=5), Sampling(top_p=0.6), Sampling(temperature=2.0, top_k=20, top_p=0.8)],
+)
+def test_filters_are_transformers(sampling):
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    want = warpers(None, torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(filtered(jnp.asarray(logits), sampling), want, rtol=1e-6)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no {STORIES}")
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_stories(num_beams):
+    """Real weights with a tied head: 199 tokens, each torch's."""
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    model, params = load_decoder(STORIES, jnp.float32)
+    prompts = [[1], [1, 403, 407, 261]]
+    options = {"max_new_tokens": 199, "num_beams": num_beams}
+    assert generate(model, params, prompts, **options) == torch_generate(
+        torch_model, prompts, eos_token_id=None, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, r"prompts is empty"),
+        ({"prompts": [[1], []]}, r"prompt 1 is empty"),
+        (
+            {"prompts": [[1] * 60]},
+            r"prompt 0 has 60 tokens, and with max_new_tokens=8 exceeds the model's context of 64",
+        ),
+        ({"prompts": [[90]]}, r"prompt 0 holds token 90, outside the model's vocabulary of 90; is the tokenizer"),
+        ({"prompts": [[-1]]}, r"prompt 0 holds token -1"),
+        ({"max_new_tokens": 0}, r"must be at least 1, got 0"),
+        ({"num_beams": 0}, r"must be at least 1, got 8 and 0"),
+        ({"sampling": Sampling()}, r"sampling needs a key"),
+        ({"adapter_ids": [0]}, r"adapter_ids goes with a list"),
+        ({"factors": [{}], "adapter_ids": [3]}, r"adapter_ids must be 1 numbers below 1, got \[3\]"),
+    ],
+)
+def test_bad_arguments(llama, change, message):
+    _, model, params = llama
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, **{"prompts": [[1]], "max_new_tokens": 8, **change})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 0}, r"temperature must be above 0"),
+        ({"top_k": 0}, r"top_k"),
+        ({"top_p": 0.0}, r"top_p must be in"),
+    ],
+)
+def test_bad_sampling(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**fields)
