@@ -24,6 +24,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")
 # Bytes of a tensor that are read at a time where a shard takes some of its columns.
 _BLOCK_BYTES = 1 << 24
+_TILE_ROWS = 32
 
 
 def load_decoder(
@@ -157,4 +158,13 @@ def _fill(checkpoint: Checkpoint, name: str, slot: np.ndarray, spans: Sequence[r
             block = block[:, columns[0].start : columns[0].stop]
         if not finite(block):
             raise ValueError(f"{name!r} in {entry.file} holds a NaN or an infinity")
-        slot[start - rows.start : start - rows.start + len(block)] = block
+        _copy(block, slot[start - rows.start : start - rows.start + len(block)])
+
+
+def _copy(block: np.ndarray, slot: np.ndarray) -> None:
+    """block -> slot, in tiles of rows: numpy transposes a whole tensor at a tenth of the speed, against the cache."""
+    block = np.asarray(block, slot.dtype)
+    unsigned = f"u{block.dtype.itemsize}"  # numpy copies its own dtypes faster than bfloat16
+    source, target = block.view(unsigned), slot.view(unsigned) if slot.flags.c_contiguous else slot.T.view(unsigned).T
+    for start in range(0, len(source), _TILE_ROWS):
+        target[start : start + _TILE_ROWS] = source[start : start + _TILE_ROWS]

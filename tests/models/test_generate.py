@@ -65,9 +65,8 @@ def test_length_penalty(llama, length_penalty):
 
 
 def adapter(params, seed, **fields):
-    config = pj.PeanutConfig(
-        **{"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_weights": False, **fields}
-    )
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **fields}
+    config = pj.PeanutConfig(init_weights=False, **fields)
     adapters = jax.tree.map(lambda leaf: 2 * leaf, pj.init(jax.random.key(seed), params, config))
     return adapters, config
 
