@@ -20,7 +20,9 @@ from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.verify import compare
 from peanut_jax.kernels import flatten
 from peanut_jax.models import hf
-from peanut_jax.models.hf_files import read_json
+from peanut_jax.models.decoder_config import MODEL_TYPES
+from peanut_jax.models.hf_files import find, read_json
+from peanut_jax.models.loading import decoder_shapes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +211,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if (folder / peft_files.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         return _inspect_adapter(args.model)
     config = _config(args)
-    model_type, shapes = hf.shapes(args.model, args.task)
+    model_type, shapes = _shapes(args.model, args.task)
     flat = flatten(shapes)
     adapters = jax.eval_shape(lambda params: init(jax.random.key(0), params, config), shapes)
     total = sum(leaf.size for leaf in flat.values())
@@ -227,6 +229,14 @@ def _inspect(args: argparse.Namespace) -> None:
     table.add_section()
     table.add_row(f"{len(adapters)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
     _print(table)
+
+
+def _shapes(source: str, task: str | None) -> tuple[str, dict]:
+    """The model type and parameter shapes: the decoder's for the checkpoints that it runs, else transformers'."""
+    path = find(source, "config.json", None)
+    if task is None and path is not None and read_json(path).get("model_type") in MODEL_TYPES:
+        return decoder_shapes(source)
+    return hf.shapes(source, task)
 
 
 def _inspect_adapter(folder: str) -> None:

@@ -1,18 +1,24 @@
 """Whether two roads give the same model: logits of a base with an adapter beside those of what was exported from it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from peanut_jax.adapters import merge
 from peanut_jax.interop.peft import load_adapter
 from peanut_jax.interop.peft_files import CONFIG_FILE, label_count, read
 from peanut_jax.models import hf
-from peanut_jax.models.hf_files import local_folder
+from peanut_jax.models.decoder_config import MODEL_TYPES
+from peanut_jax.models.hf_files import find, local_folder, read_json
+from peanut_jax.models.loading import load_decoder
+
+Run = Callable[[PyTree], np.ndarray]
 
 # HF PEFT's task -> ours.
 _TASKS = {
@@ -51,30 +57,50 @@ def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: i
     """
     folder = local_folder(str(other))
     is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-    loaded = read(adapter)
-    task = _TASKS.get(loaded.config.task_type or "") or hf.own_task(str(base) if is_adapter else str(folder))
-    labels = label_count(loaded.saved)
-    overrides: dict[str, Any] = {} if labels is None else {"num_labels": labels}
-    model, params = hf.load(base, task, seed=seed, **overrides)
-    adapters, config = load_adapter(adapter, params)
-    want = _logits(model, merge(params, adapters, config), seed)
+    saved = read(adapter)
+    task = _TASKS.get(saved.config.task_type or "")
+    labels = label_count(saved.saved)
+    load = partial(_load, task=task, labels=labels, seed=seed)
+    run, params = load(str(base), like=str(base) if is_adapter else str(folder))
+    want = run(_adapted(adapter, params))
     if is_adapter:
-        adapters, config = load_adapter(folder, params)
-        got = _logits(model, merge(params, adapters, config), seed)
+        got = run(_adapted(folder, params))
     else:
-        model, params = hf.load(folder, task, seed=seed, **overrides)
-        got = _logits(model, params, seed)
+        run, params = load(str(folder), like=str(folder))
+        got = run(params)
     if got.shape != want.shape:
         raise ValueError(f"{base} gives logits of shape {want.shape} and {other} {got.shape}; these are two models")
     return Difference(float(np.abs(got - want).max()), float(np.abs(want).max()), want.shape)
 
 
-def _logits(model: Any, params: Mapping[str, Any], seed: int) -> np.ndarray:
+def _adapted(adapter: str | Path, params: PyTree) -> PyTree:
+    adapters, config = load_adapter(adapter, params)
+    return merge(params, adapters, config)
+
+
+def _load(source: str, like: str, task: str | None, labels: int | None, seed: int) -> tuple[Run, PyTree]:
+    """params -> logits on the random input, and the params; with the decoder where it runs the model, else with
+    transformers' Flax class for `task` (default: what `like` was saved for)."""
+    config = find(source, "config.json", None)
+    if config is not None and read_json(config).get("model_type") in MODEL_TYPES and task in (None, "causal-lm"):
+        decoder, params = load_decoder(source, "float32")
+        inputs = _tokens(decoder.config.vocab_size, decoder.config.max_position_embeddings, seed)
+        return lambda params: _run(lambda: {"logits": decoder.apply(params, inputs)}), params
+    overrides: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    model, params = hf.load(source, task or hf.own_task(like), seed=seed, **overrides)
+    return lambda params: _run(lambda: model(**_inputs(model, seed), params=params)), params
+
+
+def _run(forward: Callable[[], Any]) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        outputs = model(**_inputs(model, seed), params=params)
+        outputs = forward()
     # A question answerer has start and end logits; a base has none, and its first output is its last hidden state.
     found = [outputs[name] for name in outputs if name.endswith("logits")] or [outputs[0]]
     return np.concatenate([np.asarray(one, np.float32) for one in found], axis=-1)
+
+
+def _tokens(vocab: int, positions: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(min(3, vocab - 1), vocab, (2, min(16, positions)))
 
 
 def _inputs(model: Any, seed: int) -> dict[str, np.ndarray]:
@@ -87,7 +113,7 @@ def _inputs(model: Any, seed: int) -> dict[str, np.ndarray]:
         raise ValueError(
             f"verify runs models of text and of images; {type(model).__name__} takes {model.main_input_name}"
         )
-    positions = getattr(config, "max_position_embeddings", None) or 16
-    ids = rng.integers(3, config.vocab_size, (2, min(16, positions - 4)))
+    positions = getattr(config, "max_position_embeddings", None) or 20
+    ids = _tokens(config.vocab_size, positions - 4, seed)  # RoBERTa's positions begin after its padding's
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     return inputs | ({"decoder_input_ids": ids[:, ::-1]} if config.is_encoder_decoder else {})

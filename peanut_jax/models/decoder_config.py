@@ -19,6 +19,7 @@ _MISSING: Mapping[str, Mapping[str, Any]] = {
         "attention_bias": False,
     },
 }  # fmt: skip
+MODEL_TYPES = tuple(_MISSING)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Fields that make it another function, unless they have one of these values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {

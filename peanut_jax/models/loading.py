@@ -66,8 +66,7 @@ def load_decoder(
         raise ValueError("mesh and rules go together: the rules say how the mesh's axes cut the parameters")
     config = read_config(str(source), **overrides)
     model = Decoder(config, dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    leaves = flatten(shapes)
+    leaves = flatten(_shapes(model))
     checkpoint = open_checkpoint(source)
     _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
     shardings = _shardings(leaves, mesh, rules)
@@ -77,6 +76,20 @@ def load_decoder(
         read = partial(_read, checkpoint, path, leaf.shape, kind)
         arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
     return model, replace({COLLECTION: {}}, arrays)
+
+
+def decoder_shapes(source: str | Path, **overrides: Any) -> tuple[str, Any]:
+    """The model type and the variables as `jax.ShapeDtypeStruct`s, from config.json alone.
+
+    Raises:
+        As `load_decoder`.
+    """
+    config = read_config(str(source), **overrides)
+    return config.model_type, _shapes(Decoder(config))
+
+
+def _shapes(model: Decoder) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
 def torch_names(path: str, shape: Sequence[int]) -> list[str]:

@@ -357,7 +357,10 @@ def test_wrong_arguments(bert, options, message):
         ({"model_type": "brt"}, r"model_type 'brt' is unknown to transformers; closest: \['bert'"),
         ({"model_type": None}, "model_type 'None' is unknown"),
         ({"model_type": "phi"}, "model_type 'phi' has no Flax class. Train .phi. in PyTorch with HF PEFT"),
-        ({"model_type": "qwen2"}, "model_type 'qwen2' has no Flax class. Train 'qwen2' in PyTorch with HF PEFT"),
+        (
+            {"model_type": "qwen2"},
+            "model_type 'qwen2' has no Flax class. Load 'qwen2' with peanut_jax.models.loading.load_decoder",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
         ({"hidden_act": "mish"}, "hidden_act='mish' .right only: 'gelu' or 'relu'"),
@@ -432,7 +435,9 @@ def test_refused_fields_would_be_wrong(model_type, task, field, tmp_path, monkey
     changed = {"sliding_window": 24} if model_type == "mistral" else {}
     theirs = make_torch(model_type, task, **changed | {field: WRONG[model_type, task][field]})
     save(theirs, tmp_path)
-    with pytest.raises(ValueError, match=rf"{field}=.*right only: .*Train .* in PyTorch with HF PEFT"):
+    with pytest.raises(
+        ValueError, match=rf"{field}=.*right only: .*(Train .* in PyTorch with HF PEFT|Load .* load_decoder)"
+    ):
         hf.load(tmp_path, task)
     monkeypatch.setattr(hf_faults, "check", lambda config, task: None)
     assert gap(theirs, *hf.load(tmp_path, task)) > 1e-2
@@ -463,7 +468,7 @@ def test_every_rule_refuses_and_defaults_pass():
 def test_tied_llama_is_refused_for_its_head_only():
     config = make_config("llama", tie_word_embeddings=True)
     hf_faults.check(config, "base")
-    with pytest.raises(ValueError, match=r"tie_word_embeddings=True .*in PyTorch with HF PEFT instead"):
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True .*(in PyTorch with HF PEFT|load_decoder) instead"):
         hf_faults.check(config, "causal-lm")
 
 
