@@ -2,7 +2,9 @@
 
     python -m benchmarks.step_cost --method peanut --tokens 2048 --rank 32 --depth 2
 
-A HF FlaxLlama of 4 layers, width 1024, with random weights; q, k, v, up and down projections adapted; AdamW.
+A Llama of 4 layers, width 1024, with random weights; q, k, v, up and down projections adapted; AdamW. With
+`--model flax-llama` it is transformers' class, with `--model decoder` ours, scanned; its FLOPs are then those of a
+second program with the layers unrolled.
 
     lora            LoRA
     peanut          PEANuT by factors, as the library trains it
@@ -31,24 +33,63 @@ import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio
 from peanut_jax.config import Config
 from peanut_jax.kernels import flatten, replace
+from peanut_jax.models.decoder import Decoder
+from peanut_jax.models.decoder_config import REMAT_POLICIES, from_hf
 from peanut_jax.tweaker import delta
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 METHODS = ("lora", "peanut", "materialized", "merged")
 
 
-def build_model(args: argparse.Namespace) -> tuple[FlaxLlamaForCausalLM, dict]:
-    """The module and random parameters in `args.dtype`, without a slow compiled initialisation."""
-    config = LlamaConfig(
+def llama_config(args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 11 // 4,
         num_hidden_layers=args.layers, num_attention_heads=args.width // 64, max_position_embeddings=args.seq,
+        tie_word_embeddings=False,
     )  # fmt: skip
-    dtype = jnp.dtype(args.dtype)
-    model = FlaxLlamaForCausalLM(config, _do_init=False, input_shape=(1, 8), dtype=dtype)
-    shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), (1, 8)))
+
+
+def draw(shapes: dict, dtype: Any) -> dict:
+    """Random parameters, without a slow compiled initialisation."""
     rng = np.random.default_rng(0)
-    draw = lambda s: jnp.asarray(rng.normal(0, 0.02, s.shape) if len(s.shape) > 1 else np.ones(s.shape), dtype)  # noqa: E731
-    return model, jax.tree.map(draw, shapes)
+
+    def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        norm = "norm" in jax.tree_util.keystr(path)
+        return jnp.asarray(np.ones(leaf.shape) if norm else rng.normal(0, 0.02, leaf.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def flax_llama(args: argparse.Namespace) -> tuple[Callable, dict]:
+    """transformers' FlaxLlama: loss_fn and random parameters in `args.dtype`."""
+    dtype = jnp.dtype(args.dtype)
+    model = FlaxLlamaForCausalLM(llama_config(args), _do_init=False, input_shape=(1, 8), dtype=dtype)
+    shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), (1, 8)))
+
+    def loss_fn(params, batch, key):
+        logits = model(batch, params=params, train=True, dropout_rng=key).logits[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[:, 1:]).mean()
+
+    return loss_fn, draw(shapes, dtype)
+
+
+def decoder(args: argparse.Namespace, unroll: int = 1) -> tuple[Callable, dict]:
+    """Our decoder, the same sizes."""
+    config = from_hf(llama_config(args).to_dict(), remat=args.remat, unroll=unroll)
+    model = Decoder(config, jnp.dtype(args.dtype))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    # One chunk when the layers are unrolled, so that the loss is no loop either.
+    chunk = args.tokens if unroll > 1 else args.chunk
+
+    def loss_fn(params, batch, key):
+        weights = jnp.ones(batch.shape).at[:, -1].set(0)
+        total, count = model.apply(params, batch, jnp.roll(batch, -1, 1), weights, chunk=chunk, method="loss")
+        return total / count
+
+    return loss_fn, draw(shapes, jnp.dtype(args.dtype))
+
+
+MODELS: dict[str, Callable[..., tuple[Callable, dict]]] = {"flax-llama": flax_llama, "decoder": decoder}
 
 
 def materialized(fn: Callable, pairs: dict) -> Callable:
@@ -132,6 +173,9 @@ def _reads_kernel(line: str, body: str, sides: set[int]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="flax-llama")
+    parser.add_argument("--remat", choices=REMAT_POLICIES, default="full", help="the decoder's")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of the decoder's loss at a time")
     parser.add_argument("--method", choices=METHODS, default="peanut")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step, in sequences of --seq")
     parser.add_argument("--seq", type=int, default=256)
@@ -151,12 +195,9 @@ def main() -> None:
         parser.error(
             "a microbatch of as many tokens as a kernel has rows hides the tweaker's products: change --tokens"
         )
-    model, params = build_model(args)
+    loss_fn, params = MODELS[args.model](args)
+    unrolled = decoder(args, args.layers)[0] if args.model == "decoder" else None
     tokens = jax.random.randint(jax.random.key(1), (args.tokens // args.seq, args.seq), 0, args.vocab)
-
-    def loss_fn(params, batch, key):
-        logits = model(batch, params=params, train=True, dropout_rng=key).logits[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[:, 1:]).mean()
 
     lora = pj.LoraConfig(r=args.rank, target_modules=TARGETS)
     peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
@@ -167,6 +208,9 @@ def main() -> None:
     for method, config in configs.items():
         state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
         step = make_step(method, loss_fn, config, tx, args.accumulate).lower(state, params, tokens).compile()
+        counted = step
+        if unrolled is not None:
+            counted = make_step(method, unrolled, config, tx, args.accumulate).lower(state, params, tokens).compile()
         holder = [state]
 
         def run(step=step, holder=holder):
@@ -176,6 +220,8 @@ def main() -> None:
         steps[method] = run
         records[method] = {
             "method": method,
+            "model": args.model,
+            "remat": args.remat if args.model == "decoder" else None,
             "tokens": args.tokens,
             "rank": args.rank,
             "depth": None if method == "lora" else args.depth,
@@ -183,7 +229,7 @@ def main() -> None:
             "accumulate": args.accumulate,
             "dtype": args.dtype,
             "trainable": pj.count(state.adapters),
-            "flops": step.cost_analysis()["flops"],
+            "flops": counted.cost_analysis()["flops"],
             "temp_bytes": step.memory_analysis().temp_size_in_bytes,
             "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, sides),
         }

@@ -359,7 +359,7 @@ def test_wrong_arguments(bert, options, message):
         ({"model_type": "phi"}, "model_type 'phi' has no Flax class. Train .phi. in PyTorch with HF PEFT"),
         (
             {"model_type": "qwen2"},
-            "model_type 'qwen2' has no Flax class. Load 'qwen2' with peanut_jax.models.loading.load_decoder",
+            "model_type 'qwen2' has no Flax class. Load 'qwen2' with .*load_decoder",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
@@ -435,9 +435,7 @@ def test_refused_fields_would_be_wrong(model_type, task, field, tmp_path, monkey
     changed = {"sliding_window": 24} if model_type == "mistral" else {}
     theirs = make_torch(model_type, task, **changed | {field: WRONG[model_type, task][field]})
     save(theirs, tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"{field}=.*right only: .*(Train .* in PyTorch with HF PEFT|Load .* load_decoder)"
-    ):
+    with pytest.raises(ValueError, match=rf"{field}=.*right only: .*(HF PEFT|load_decoder) instead"):
         hf.load(tmp_path, task)
     monkeypatch.setattr(hf_faults, "check", lambda config, task: None)
     assert gap(theirs, *hf.load(tmp_path, task)) > 1e-2
