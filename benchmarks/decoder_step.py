@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import peanut_jax as pj
-from benchmarks.step_cost import MODELS, TARGETS
+from benchmarks.step_cost import MODELS, TARGETS, make_step
 from benchmarks.timing import alternate, median_ratio
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 
@@ -38,7 +38,7 @@ def main() -> None:
     for name, build in MODELS.items():
         loss_fn, params = build(args)
         state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
-        step = pj.make_train_step(loss_fn, tx, config).lower(state, params, tokens).compile()
+        step = make_step("peanut", loss_fn, config, tx, 1).lower(state, params, tokens).compile()
         temporaries[name] = step.memory_analysis().temp_size_in_bytes
         holder = [state]
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_policies
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.models.decoder_config import DecoderConfig, Rope
 
@@ -29,23 +29,29 @@ class Cache:
     """Keys and values of the tokens so far.
 
     Attributes:
-        keys, values: [layers, batch, slots, kv_heads, head_dim].
+        keys, values: [layers, batch, slots, kv_heads, head_dim]; of a model without a scan, a tuple of its layers'.
         positions: [batch, slots] of each slot's token in its sequence; -1 for an empty or padded slot.
         filled: How many slots are taken, padding included.
     """
 
-    keys: Float[Array, "layers batch slots kv_heads head_dim"]
-    values: Float[Array, "layers batch slots kv_heads head_dim"]
+    keys: PyTree[Float[Array, "*layers batch slots kv_heads head_dim"]]
+    values: PyTree[Float[Array, "*layers batch slots kv_heads head_dim"]]
     positions: Int[Array, "batch slots"]
     filled: Int[Array, ""]
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache for `slots` tokens a row."""
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+
+    def zeros() -> PyTree:
+        if config.scan_layers:
+            return jnp.zeros((config.num_hidden_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=zeros(),
+        values=zeros(),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
     )
@@ -113,10 +119,11 @@ class Attention(nn.Module):
             keys, values, filled = cache
             k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), filled, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), filled, axis=1)
+            cache = k, v
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window)
         y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
         y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
-        return y, (k, v)
+        return y, cache
 
 
 def attend(
@@ -192,6 +199,24 @@ class Layer(nn.Module):
         return x, cache
 
 
+class Layers(nn.Module):
+    """The layers one after the other, `0` to `n - 1`, called as the scanned stack is."""
+
+    config: DecoderConfig
+    dtype: Any
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x, positions, mask, windows, cache):
+        kept = []
+        for i in range(self.config.num_hidden_layers):
+            window = None if windows is None else windows[i]
+            own = None if cache is None else tuple(part[i] for part in cache)
+            x, own = self.layer(self.config, self.dtype, name=str(i))(x, positions, mask, window, own)
+            kept.append(own)
+        return x, None if cache is None else tuple(zip(*kept, strict=True))
+
+
 class Model(nn.Module):
     """Embedding, the scanned layers, the last norm."""
 
@@ -201,19 +226,22 @@ class Model(nn.Module):
     def setup(self):
         config = self.config
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
-        layer = Layer
+        layer: Any = Layer
         if config.remat != "none":
             policy = checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = nn.remat(Layer, policy=policy, prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, 0),
-            length=config.num_hidden_layers,
-            unroll=config.unroll,
-        )
-        self.layers = stack(config, self.dtype)
+        if config.scan_layers:
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+                length=config.num_hidden_layers,
+                unroll=config.unroll,
+            )
+            self.layers = stack(config, self.dtype)
+        else:
+            self.layers = Layers(config, self.dtype, layer)
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
 
     def __call__(self, tokens, positions, mask, cache):
@@ -223,8 +251,7 @@ class Model(nn.Module):
             windows = jnp.array([_EVERYTHING if window is None else window for window in config.windows])
         layer_cache = None
         if cache is not None:
-            filled = jnp.broadcast_to(cache.filled, (config.num_hidden_layers,))
-            layer_cache = (cache.keys, cache.values, filled)
+            layer_cache = (cache.keys, cache.values, jnp.broadcast_to(cache.filled, (config.num_hidden_layers,)))
         x, kept = self.layers(self.embed_tokens(tokens), positions, mask, windows, layer_cache)
         return self.norm(x), kept
 
@@ -294,9 +321,9 @@ class Decoder(nn.Module):
             cache.positions, jnp.where(real, positions, -1), cache.filled, axis=1
         )
         mask = make_mask(positions, key_positions, None, None)
-        x, (keys, values) = self.model(tokens, positions, mask, cache)
+        x, kept = self.model(tokens, positions, mask, cache)
         filled = cache.filled + tokens.shape[1]
-        return self._logits(x[:, -1:])[:, 0], Cache(keys, values, key_positions, filled)
+        return self._logits(x[:, -1:])[:, 0], Cache(kept[0], kept[1], key_positions, filled)
 
     def loss(
         self,
@@ -327,7 +354,9 @@ class Decoder(nn.Module):
         def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
             h, label, weight = part
             logits = module._logits(h)
-            picked = jnp.take_along_axis(logits, label[:, None], axis=-1)[:, 0]
+            # A sum over a mask, for a gather's gradient would be another array of the logits' size.
+            its_own = jnp.arange(logits.shape[-1]) == label[:, None]
+            picked = jnp.where(its_own, logits, 0.0).sum(-1)
             return total + ((jax.nn.logsumexp(logits, axis=-1) - picked) * weight).sum(), None
 
         body = nn.scan(

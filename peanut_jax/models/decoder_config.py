@@ -60,6 +60,9 @@ class DecoderConfig:
         qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
         remat: What the backward pass recomputes: nothing ("none": all activations are kept), everything but matrix
             products ("dots"), or each whole layer ("full").
+        scan_layers: One `nn.scan` stack: a compile time that hardly grows with the layers, for training. False gives
+            every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
+            as reading a layer's weights.
         unroll: Layers of `nn.scan` per iteration; with num_hidden_layers there is no loop, and XLA counts every layer.
     """
 
@@ -82,6 +85,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     remat: str = "full"
     unroll: int = 1
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         for field in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "unroll"):

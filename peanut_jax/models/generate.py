@@ -194,14 +194,22 @@ def _step_of(model: Decoder, params: PyTree, factors: FactorTree | None, rows: P
         logits, alone = with_pairs(plain, pairs)(params, tokens[None], real[None], alone)
         return logits[0], _row_cache(alone, jnp.squeeze)
 
-    axes = Cache(keys=1, values=1, positions=0, filled=None)  # type: ignore[arg-type]
+    layer = 1 if model.config.scan_layers else 0
+    axes = Cache(keys=layer, values=layer, positions=0, filled=None)  # type: ignore[arg-type]
     batched = jax.vmap(one_row, in_axes=(0, 0, 0, axes), out_axes=(0, axes))
     return lambda tokens, real, cache: batched(rows, tokens, real, cache)
 
 
 def _row_cache(cache: Cache, change: Callable[[Array, int], Array]) -> Cache:
+    """`change(array, its batch axis)` of every array that has one."""
+
+    def layers(arrays: PyTree) -> PyTree:
+        if isinstance(arrays, tuple):
+            return tuple(change(array, 0) for array in arrays)
+        return change(arrays, 1)
+
     return cache.replace(  # type: ignore[attr-defined]
-        keys=change(cache.keys, 1), values=change(cache.values, 1), positions=change(cache.positions, 0)
+        keys=layers(cache.keys), values=layers(cache.values), positions=change(cache.positions, 0)
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import peanut_jax as pj
 from peanut_jax.kernels import flatten
 from peanut_jax.models.decoder import empty_cache
 from peanut_jax.models.decoder_config import from_hf
@@ -171,6 +172,20 @@ def test_remat_and_unrolling_change_nothing(family, remat, unroll):
     want = jax.grad(functools.partial(loss, model))(params)
     got = jax.grad(functools.partial(loss, other))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "qwen2-window"])
+def test_layers_without_a_scan(family, name):
+    """The same tensors under `model/layers/0/...`, the same function, the same adapters on disk."""
+    folder, _, model, params = family(name)
+    apart, own = load_decoder(folder, jnp.float32, scan_layers=False)
+    kernel = own["params"]["model"]["layers"]["2"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, params["params"]["model"]["layers"]["mlp"]["up_proj"]["kernel"][2])
+    tokens, mask = tokens_and_mask("left")
+    got = jax.jit(apart.apply)(own, tokens, mask)
+    np.testing.assert_allclose(got, jax.jit(model.apply)(params, tokens, mask), rtol=0, atol=2e-5)
+    config = pj.PeanutConfig(r=2, target_modules=["q_proj"])
+    assert pj.fingerprint(own, config) == pj.fingerprint(params, config)
 
 
 def test_bfloat16(family):

@@ -25,8 +25,13 @@ def models(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return build("llama3", tmp_path_factory.mktemp("llama3"))
+def llama_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llama3")
+
+
+@pytest.fixture(scope="module")
+def llama(llama_folder):
+    return build("llama3", llama_folder)
 
 
 def torch_generate(model, prompts, **options):
@@ -71,9 +76,11 @@ def adapter(params, seed, **fields):
     return adapters, config
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
-def test_adapters_merged_unmerged_and_side_by_side(llama, num_beams):
+@pytest.mark.parametrize(("num_beams", "scan_layers"), [(1, True), (4, True), (4, False)])
+def test_adapters_merged_unmerged_and_side_by_side(llama, llama_folder, num_beams, scan_layers):
     _, model, params = llama
+    if not scan_layers:
+        model, params = load_decoder(llama_folder, jnp.float32, scan_layers=False)
     options = {"max_new_tokens": 12, "num_beams": num_beams}
     first, second = adapter(params, 0), adapter(params, 1, r=2, target_modules=["down_proj", "q_proj"])
     merged = [generate(model, pj.merge(params, *one), PROMPTS, **options) for one in (first, second)]

@@ -1,0 +1,85 @@
+"""Tokens a second of greedy generation and beam search beside transformers' torch `generate`, alternating.
+
+    python -m benchmarks.generate --batch 8 --width 512 --layers 8
+
+The same checkpoint, prompts and cores: a random float32 Llama, or the one in --model. Both write --new-tokens for each
+prompt; compile time is not counted (the first run of each is thrown away).
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.timing import alternate, median_ratio
+from peanut_jax.models.generate import generate
+from peanut_jax.models.loading import load_decoder
+
+
+def random_llama(folder: Path, args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 11 // 4,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 64, num_key_value_heads=args.width // 128,
+        max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a Llama checkpoint instead of a random one")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.model or Path(temporary)
+        if args.model is None:
+            random_llama(folder, args)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model, params = load_decoder(folder, jnp.float32, scan_layers=False)
+    prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (args.batch, args.prompt_tokens))
+    answers: dict[str, list[list[int]]] = {}
+
+    def ours() -> None:
+        options = {"max_new_tokens": args.new_tokens, "num_beams": args.beams}
+        answers["peanut_jax"] = generate(model, params, prompts.tolist(), **options)
+
+    def theirs() -> None:
+        tokens = torch.from_numpy(prompts)
+        out = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.new_tokens, do_sample=False,
+            num_beams=args.beams, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        answers["torch"] = out[:, args.prompt_tokens :].tolist()
+
+    seconds = alternate({"peanut_jax": ours, "torch": theirs}, args.repeats)
+    tokens = args.batch * args.new_tokens
+    same = np.mean([ours == theirs for ours, theirs in zip(answers["peanut_jax"], answers["torch"], strict=True)])
+    for name, values in seconds.items():
+        record = {
+            "who": name,
+            "batch": args.batch,
+            "beams": args.beams,
+            "parameters": sum(parameter.numel() for parameter in reference.parameters()),
+            "tokens_per_second": tokens / float(np.median(values)),
+            "speed_over_torch": 1 / median_ratio(values, seconds["torch"]),
+            "rows_that_agree": float(same),
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
