@@ -33,7 +33,7 @@ def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None)
         axes: As for `init`.
 
     Raises:
-        As `select`.
+        ValueError: as `select`.
     """
     return of_targets(params, select(params, config, axes))
 

@@ -259,7 +259,7 @@ class Model(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    Args:
+    Attributes:
         config: From `decoder_config.read_config`, or `load_decoder`.
         dtype: Of activations and matrix products; parameters keep their own.
     """

@@ -69,7 +69,8 @@ def generate(
     """Continues each prompt, until an end-of-sequence token or `max_new_tokens`.
 
     Args:
-        model, params: From `load_decoder`; `pj.merge(params, ...)` for merged weights.
+        model: From `load_decoder`.
+        params: From `load_decoder`; `pj.merge(params, ...)` for merged weights.
         prompts: Token ids, of any lengths.
         max_new_tokens: The most to append.
         eos_token_ids: Ends a continuation, which includes it.
