@@ -120,7 +120,7 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), filled, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), filled, axis=1)
             cache = k, v
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window)
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window, config.attention)
         y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
         y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
         return y, cache
@@ -132,17 +132,30 @@ def attend(
     v: Float[Array, "batch keys kv_heads head_dim"],
     mask: "Mask | None",
     window: Int[Array, ""] | None,
+    attention: str = "auto",
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax attention: cuDNN's fused kernel on GPU, XLA elsewhere (`jax.nn.dot_product_attention` chooses).
+    """Softmax attention.
 
     Args:
         mask: None is causal: every key up to the query's own.
         window: Keys further back than this many positions, the query's own counted, are not seen.
+        attention: As in `DecoderConfig`. `jax.nn.dot_product_attention` itself always takes XLA (jax 0.10).
     """
+    nvidia = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
+    if attention == "auto":
+        attention = "cudnn" if nvidia and fits_cudnn(q.dtype, q.shape[-1], q.shape[1], k.shape[1]) else "xla"
+    implementation: Any = attention
     if mask is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
     allowed = mask.allowed if window is None else mask.allowed & (mask.distance < window)
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None])
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], implementation=implementation)
+
+
+def fits_cudnn(dtype: Any, head_dim: int, queries: int, keys: int) -> bool:
+    """Whether cuDNN's fused kernel takes these shapes, forward and backward, on any card it supports (jax 0.10,
+    `check_is_flash_attention` in `_src/cudnn/fused_attention_stablehlo.py`); not a single query, as in decoding."""
+    sixteen = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return sixteen and head_dim % 8 == 0 and head_dim <= 128 and queries > 1 and queries % 2 == 0 and keys % 2 == 0
 
 
 @flax.struct.dataclass

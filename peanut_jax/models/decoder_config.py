@@ -7,6 +7,7 @@ from typing import Any
 from peanut_jax.models.hf_files import find, read_json
 
 REMAT_POLICIES = ("none", "dots", "full")
+ATTENTIONS = ("auto", "cudnn", "xla")
 
 # Model type -> what transformers 4.57 takes for fields that config.json leaves out (models/*/configuration_*.py). Older
 # files leave out what was added to the class later.
@@ -63,6 +64,7 @@ class DecoderConfig:
         scan_layers: One `nn.scan` stack: a compile time that hardly grows with the layers, for training. False gives
             every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
             as reading a layer's weights.
+        attention: "cudnn" (fused, NVIDIA GPUs), "xla", or "auto": cuDNN where it can compute the shapes and dtype.
         unroll: Layers of `nn.scan` per iteration; with num_hidden_layers there is no loop, and XLA counts every layer.
     """
 
@@ -86,6 +88,7 @@ class DecoderConfig:
     remat: str = "full"
     unroll: int = 1
     scan_layers: bool = True
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         for field in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "unroll"):
@@ -101,6 +104,8 @@ class DecoderConfig:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}")
 
 
 def read_config(source: str, revision: str | None = None, **overrides: Any) -> DecoderConfig:

@@ -6,13 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 
 import peanut_jax as pj
 from peanut_jax.kernels import flatten
-from peanut_jax.models.decoder import empty_cache
+from peanut_jax.models.decoder import empty_cache, fits_cudnn
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.loading import load_decoder, torch_names
 
@@ -208,6 +209,54 @@ def test_module_names_are_transformers(family):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("orientation", ["output", "input"])
+def test_training(family, orientation):
+    """Through scan, remat and the chunked head, itself adapted: the gradient is that of the merged weights."""
+    _, _, model, params = family("llama3")
+    tokens, _ = tokens_and_mask("none")
+    batch = {"tokens": tokens, "segments": np.repeat([1, 2, 0], [25, 10, 5])[None].repeat(3, 0)}
+    config = pj.PeanutConfig(
+        r=3, depth=1, orientation=orientation, target_modules=["q_proj", "down_proj", "lm_head"], init_weights=False
+    )
+    adapters = pj.init(jax.random.key(0), params, config)
+
+    def loss_fn(params, batch, key):
+        ids, segments = batch["tokens"], batch["segments"]
+        labels, weights = jnp.roll(ids, -1, 1), segments != 0
+        total, count = model.apply(params, ids, labels, weights, segments=segments, chunk=17, method="loss")
+        return total / count, {"weight": count}
+
+    forward = pj.adapt(lambda params: loss_fn(params, batch, None)[0], config)
+    got = jax.jit(jax.grad(forward))(adapters, params)
+    want = jax.jit(jax.grad(lambda adapters: loss_fn(pj.merge(params, adapters, config), batch, None)[0]))(adapters)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=2e-4 * np.abs(w).max()), got, want)
+
+    tx = optax.adam(3e-3)
+    step = pj.make_train_step(loss_fn, tx, config, accumulate_steps=3)
+    state = pj.TrainState.create(adapters, tx, jax.random.key(1))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, params, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fits"),
+    [
+        ((jnp.bfloat16, 128, 256, 256), True),
+        ((jnp.float16, 64, 2048, 4096), True),
+        ((jnp.float32, 128, 256, 256), False),
+        ((jnp.bfloat16, 160, 256, 256), False),
+        ((jnp.bfloat16, 100, 256, 256), False),
+        ((jnp.bfloat16, 128, 255, 256), False),
+        ((jnp.bfloat16, 128, 1, 256), False),
+    ],
+)
+def test_what_goes_to_cudnn(shapes, fits):
+    assert fits_cudnn(*shapes) is fits
+
+
 # ---- config.json: what is refused
 
 
@@ -249,6 +298,8 @@ def test_configs_that_are_refused(change, message):
 def test_overrides_are_checked():
     with pytest.raises(ValueError, match=r"remat must be one of .*'some'"):
         from_hf(FIELDS, remat="some")
+    with pytest.raises(ValueError, match=r"attention must be one of .*'flash'"):
+        from_hf(FIELDS, attention="flash")
     with pytest.raises(ValueError, match=r"'rematerialise' is no field of DecoderConfig"):
         from_hf(FIELDS, rematerialise=True)
 
