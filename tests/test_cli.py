@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -146,6 +148,30 @@ def test_the_whole_road(folders, tmp_path, capsys):
     code, out, _ = command(capsys, "verify", base, base, "--adapter", adapter)
     assert code == 1
     assert float(re.search(r"difference ([^,]+),", out)[1]) > 1e-2
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed
+from peanut_jax.cli import main
+base, adapter, out = sys.argv[1:]
+for command in (["merge", base, "--out", out + "/merged"], ["to-lora", base, "--out", out + "/lora"],
+                ["verify", base, out + "/merged"], ["verify", base, out + "/lora"]):
+    assert main([*command, "--adapter", adapter]) == 0
+"""
+
+
+def test_torch_is_not_needed(folders, tmp_path):
+    """The whole road, with a new head on a base that has none."""
+    tensors = load_file(folders / "base" / "model.safetensors")
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(folders / "base" / "config.json", tmp_path / "bare" / "config.json")
+    bare = {name.removeprefix("roberta."): array for name, array in tensors.items() if "classifier" not in name}
+    save_file(bare, tmp_path / "bare" / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "-c", WITHOUT_TORCH, tmp_path / "bare", folders / "adapter", tmp_path]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"largest logit difference \d\S*e-0[678],", result.stdout)) == 2
 
 
 def test_inspect_of_an_adapter(folders, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,11 @@ from peanut_jax.tweaker import delta
 
 logger = logging.getLogger(__name__)
 
-# HF PEFT's task -> transformers' table of classes, whose names a config.json carries.
+# HF PEFT's task -> how transformers' class for it is called, after the name of the architecture.
 _CLASSES = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
 }
 
 _HEAD = "lm_head.weight"
@@ -303,19 +304,18 @@ def _write_config(
     folder: Path, final: Path, adapters: Iterable[ModuleAdapters], added: Mapping[str, np.ndarray]
 ) -> None:
     """The class that has the added head and the number of its labels; transformers makes a head of these."""
-    from transformers.models.auto import modeling_auto
-
     task_type = next((adapter.config.task_type for adapter in adapters if added.keys() & adapter.saved), None)
     path = folder / "config.json"
     content = read_json(path)
-    classes = getattr(modeling_auto, _CLASSES.get(task_type or "", ""), {})
-    if (name := classes.get(content.get("model_type"))) is None:
+    own = re.match(r"(\w+?)(For[A-Z]\w+|LMHeadModel|Model)$", str((content.get("architectures") or [""])[0]))
+    if own is None or task_type not in _CLASSES:
         logger.warning(
-            "%s: the head (%s) is added, but config.json stays as it is, since task_type=%r names no class for it",
-            final, ", ".join(added), task_type,
+            "%s: the head (%s) is added, but config.json stays as it is, since its architectures=%s and task_type=%r name "
+            "no class for it",
+            final, ", ".join(added), content.get("architectures"), task_type,
         )  # fmt: skip
         return
-    content["architectures"] = [name]
+    content["architectures"] = [own[1] + _CLASSES[task_type]]
     labels = label_count(added)
     if labels is not None and len(content.get("id2label") or {}) != labels:
         content["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
