@@ -310,8 +310,8 @@ def _write_config(
     own = re.match(r"(\w+?)(For[A-Z]\w+|LMHeadModel|Model)$", str((content.get("architectures") or [""])[0]))
     if own is None or task_type not in _CLASSES:
         logger.warning(
-            "%s: the head (%s) is added, but config.json stays as it is, since its architectures=%s and task_type=%r name "
-            "no class for it",
+            "%s: the head (%s) is added, but config.json stays as it is: its architectures=%s and task_type=%r name no "
+            "class for it",
             final, ", ".join(added), content.get("architectures"), task_type,
         )  # fmt: skip
         return
