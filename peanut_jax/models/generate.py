@@ -91,7 +91,7 @@ def generate(
     Example:
         answers = generate(model, params, [tokenizer(text)["input_ids"]], max_new_tokens=32, num_beams=4)
     """
-    eos = (eos_token_ids,) if isinstance(eos_token_ids, int) else tuple(eos_token_ids)
+    eos = (eos_token_ids,) if isinstance(eos_token_ids, int) else tuple(map(int, eos_token_ids))
     _check(model, prompts, max_new_tokens, sampling, key, num_beams)
     several = factors is not None and not isinstance(factors, dict)
     if several != (adapter_ids is not None):
@@ -127,7 +127,7 @@ def _check(
 ) -> None:
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"max_new_tokens and num_beams must be at least 1, got {max_new_tokens} and {num_beams}")
-    if not prompts:
+    if not len(prompts):
         raise ValueError("prompts is empty: give one or more lists of token ids")
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     for row, prompt in enumerate(prompts):

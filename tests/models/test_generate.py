@@ -93,6 +93,14 @@ def test_adapters_merged_unmerged_and_side_by_side(llama, llama_folder, num_beam
     assert rows == [merged[1][0], merged[0][1], merged[1][2]]
 
 
+def test_arrays_are_prompts_too(llama):
+    _, model, params = llama
+    prompts = np.arange(3, 13).reshape(2, 5)
+    options = {"max_new_tokens": 4}
+    want = generate(model, params, prompts.tolist(), eos_token_ids=[5], **options)
+    assert generate(model, params, prompts, eos_token_ids=np.array([5]), **options) == want
+
+
 def test_no_recompilation(llama):
     """Prompts, lengths and adapters of one bucket share the compiled loop."""
     _, model, params = llama
