@@ -1,6 +1,6 @@
 """PEANuT (arXiv:2410.01870) for Flax: weight-aware adapters at LoRA's cost."""
 
-from peanut_jax.adapters import combine, count, factors, init, merge
+from peanut_jax.adapters import combine, count, factors, init, merge, with_saved
 from peanut_jax.config import LoraConfig, PeanutConfig
 from peanut_jax.intercept import adapt, intercept
 from peanut_jax.interop.fingerprint import fingerprint
@@ -37,4 +37,5 @@ __all__ = [
     "select",
     "to_lora",
     "trainable_mask",
+    "with_saved",
 ]

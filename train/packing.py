@@ -27,7 +27,7 @@ def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     if not examples:
         raise ValueError("examples is empty")
     for i, (prompt, response) in enumerate(examples):
-        if len(prompt) >= length or not response:
+        if len(prompt) >= length or not len(response) or len(prompt) + len(response) < 2:
             raise ValueError(
                 f"example {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens: nothing of the "
                 f"response is left in a row of {length}"

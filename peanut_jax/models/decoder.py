@@ -242,7 +242,7 @@ class Model(nn.Module):
         layer: Any = Layer
         if config.remat != "none":
             policy = checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+            layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
             stack = nn.scan(
                 layer,
@@ -306,17 +306,19 @@ class Decoder(nn.Module):
     def hidden(self, tokens, attention_mask=None, *, segments=None, positions=None):
         """What the head reads: [batch, seq, hidden_size]. Arguments as for `__call__`."""
         plain = attention_mask is None and segments is None and positions is None
+        real = jnp.ones_like(tokens, bool) if attention_mask is None else attention_mask.astype(bool)
         if segments is not None:
-            attention_mask = segments != 0
-        if attention_mask is None:
-            attention_mask = jnp.ones_like(tokens)
-        real = attention_mask.astype(bool)
+            real &= segments != 0
+            segments = _numbered(segments)
         if positions is None:
             positions = _counted(real, segments)
         key_positions = jnp.where(real, positions, -1)
         causal = plain and not any(self.config.windows)
         mask = None if causal else make_mask(positions, key_positions, segments, segments)
-        return self.model(tokens, positions, mask, None)[0]
+        if mask is not None:  # positions may begin again without segments, and still no token sees a later one
+            mask = Mask(jnp.tril(mask.allowed), mask.distance)
+        # A padding id may lie outside the vocabulary, where an embedding is NaN, and 0 * NaN is NaN.
+        return self.model(jnp.where(real, tokens, 0), positions, mask, None)[0]
 
     def step(
         self, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
@@ -355,20 +357,23 @@ class Decoder(nn.Module):
             weights: 0 for tokens that do not count: padding, the prompt of an instruction.
             chunk: Tokens whose float32 logits [chunk, vocab] exist at a time, in the backward pass too.
         """
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         x = self.hidden(tokens, attention_mask, segments=segments)
-        count = x.shape[0] * x.shape[1]
-        chunk = min(chunk, count)
-        padding = -count % chunk
+        batch, seq = tokens.shape
+        # Cut along the sequence: a batch that is spread over devices stays so.
+        columns = min(seq, max(1, chunk // batch))
+        padding = -seq % columns
 
         def chunks(array: Array) -> Array:
-            flat = array.reshape(count, *array.shape[2:])
-            return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(-1, chunk, *flat.shape[1:])
+            padded = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2))
+            return jnp.moveaxis(padded.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
 
         def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
             h, label, weight = part
             logits = module._logits(h)
             # A sum over a mask, for a gather's gradient would be another array of the logits' size.
-            its_own = jnp.arange(logits.shape[-1]) == label[:, None]
+            its_own = jnp.arange(logits.shape[-1]) == label[..., None]
             picked = jnp.where(its_own, logits, 0.0).sum(-1)
             return total + ((jax.nn.logsumexp(logits, axis=-1) - picked) * weight).sum(), None
 
@@ -395,6 +400,15 @@ def _counted(real: Bool[Array, "batch seq"], segments: Int[Array, "batch seq"] |
     """Each token's position in its row or segment, padding left out; 0 for padding before the first token."""
     counted = jnp.cumsum(real, axis=-1) - 1
     if segments is not None:
-        starts = jnp.concatenate([jnp.ones_like(real[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=-1)
-        counted -= jax.lax.cummax(jnp.where(starts, counted, 0), axis=1)
+        counted -= jax.lax.cummax(jnp.where(_starts(segments), counted, 0), axis=1)
     return jnp.maximum(counted, 0)
+
+
+def _starts(segments: Int[Array, "batch seq"]) -> Bool[Array, "batch seq"]:
+    first = jnp.ones_like(segments[:, :1], bool)
+    return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=-1)
+
+
+def _numbered(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Runs of one number as segments of their own, so that a number that comes again is another sequence."""
+    return jnp.where(segments != 0, jnp.cumsum(_starts(segments), axis=-1), 0)

@@ -95,6 +95,15 @@ class DecoderConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.rms_norm_eps, float) or not 0 <= self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be a number in [0, 1), got {self.rms_norm_eps!r}")
+        windows = self.windows
+        if not isinstance(windows, tuple) or len(windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"windows must be a tuple with one of {self.num_hidden_layers} layers each, got {windows!r}"
+            )
+        if not all(window is None or (isinstance(window, int) and window > 0) for window in windows):
+            raise ValueError(f"sliding_window must be an integer of at least 1 or null, got {windows!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -150,13 +159,16 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     known = {**_MISSING[model_type], **{name: value for name, value in fields.items() if value is not None}}
     if "sliding_window" in fields and fields["sliding_window"] is None:
         known["sliding_window"] = None
+    if "num_key_value_heads" in fields and fields["num_key_value_heads"] is None:
+        del known["num_key_value_heads"]
     heads, width, layers = (known[n] for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     for name, value in (("num_attention_heads", heads), ("hidden_size", width), ("num_hidden_layers", layers)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if known.get("head_dim") is None and width % heads:
         raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads} without a head_dim")
-    bias = bool(known.get("attention_bias", False))
+    # transformers' Mistral has no biases and Qwen2's are fixed, whatever the fields say.
+    bias = model_type in ("llama", "qwen3") and bool(known.get("attention_bias", False))
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     if unknown := sorted(overrides.keys() - names):
         raise ValueError(f"{unknown[0]!r} is no field of DecoderConfig; fields: {', '.join(sorted(names))}")
@@ -166,12 +178,12 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
             **{name: known[name] for name in (*_REQUIRED, "max_position_embeddings")},
             "num_key_value_heads": known.get("num_key_value_heads", heads),
             "head_dim": known.get("head_dim") or width // heads,
-            "rms_norm_eps": known.get("rms_norm_eps", 1e-6),
+            "rms_norm_eps": _float(known.get("rms_norm_eps", 1e-6)),
             "rope": _rope(known),
             "windows": _windows(model_type, known, layers),
             "qkv_bias": True if model_type == "qwen2" else bias,
             "out_bias": False if model_type == "qwen2" else bias,
-            "mlp_bias": bool(known.get("mlp_bias", False)),
+            "mlp_bias": model_type == "llama" and bool(known.get("mlp_bias", False)),
             "qk_norm": model_type == "qwen3",
             "tie_word_embeddings": bool(known.get("tie_word_embeddings", False)),
             **overrides,
@@ -179,9 +191,18 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     )
 
 
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _rope(known: Mapping[str, Any]) -> Rope:
     """transformers 4 keeps rope_theta beside rope_scaling; 5 puts both into rope_parameters."""
-    given = dict(known.get("rope_parameters") or known.get("rope_scaling") or {})
+    raw = known.get("rope_parameters") or known.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"rope_scaling must be an object, got {raw!r}")
+    given = dict(raw)
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']!r} is not supported (supported: 1)")
     theta = given.pop("rope_theta", known.get("rope_theta", 10000.0))
     kind = given.get("rope_type", given.get("type", "default"))
     needed = {
@@ -193,6 +214,10 @@ def _rope(known: Mapping[str, Any]) -> Rope:
         raise ValueError(f"rope type {kind!r} is not supported, only {', '.join(needed)}")
     if missing := [name for name in needed[kind] if name not in given]:
         raise ValueError(f"rope type {kind!r} needs {missing[0]}")
+    numbers = {"rope_theta": theta, **{name: given[name] for name in needed[kind]}}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
     return Rope(theta=float(theta), type=kind, **{name: given[name] for name in needed[kind]})
 
 

@@ -10,6 +10,7 @@ References:
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature!r}; without sampling it is greedy")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
@@ -58,7 +61,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] = (),
+    eos_token_ids: int | Sequence[int] | None = (),
     factors: FactorTree | Sequence[FactorTree] | None = None,
     adapter_ids: Sequence[int] | None = None,
     sampling: Sampling | None = None,
@@ -70,7 +73,8 @@ def generate(
 
     Args:
         model: From `load_decoder`.
-        params: From `load_decoder`; `pj.merge(params, ...)` for merged weights.
+        params: From `load_decoder`; `pj.merge(params, ...)` for merged weights, `pj.with_saved(params, adapters)` for
+            an adapter that has saved modules.
         prompts: Token ids, of any lengths.
         max_new_tokens: The most to append.
         eos_token_ids: Ends a continuation, which includes it.
@@ -91,7 +95,7 @@ def generate(
     Example:
         answers = generate(model, params, [tokenizer(text)["input_ids"]], max_new_tokens=32, num_beams=4)
     """
-    eos = (eos_token_ids,) if isinstance(eos_token_ids, int) else tuple(map(int, eos_token_ids))
+    eos = () if eos_token_ids is None else tuple(int(token) for token in np.ravel(np.asarray(eos_token_ids, np.int64)))
     _check(model, prompts, max_new_tokens, sampling, key, num_beams)
     several = factors is not None and not isinstance(factors, dict)
     if several != (adapter_ids is not None):
@@ -104,7 +108,7 @@ def generate(
     limit = jnp.int32(max_new_tokens)
     if num_beams > 1:
         run = _beam_search
-        options: dict[str, Any] = {"num_beams": num_beams, "length_penalty": length_penalty}
+        options: dict[str, Any] = {"num_beams": num_beams, "length_penalty": float(length_penalty)}
     else:
         run = _sample
         options = {"sampling": sampling, "key": jax.random.key(0) if key is None else key}
@@ -125,12 +129,15 @@ def _check(
     key: PRNGKeyArray | None,
     num_beams: int,
 ) -> None:
-    if max_new_tokens < 1 or num_beams < 1:
-        raise ValueError(f"max_new_tokens and num_beams must be at least 1, got {max_new_tokens} and {num_beams}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if not len(prompts):
         raise ValueError("prompts is empty: give one or more lists of token ids")
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     for row, prompt in enumerate(prompts):
+        if np.ndim(prompt) != 1 or (len(prompt) and np.asarray(prompt).dtype.kind not in "iu"):
+            raise ValueError(f"prompt {row} must be a list of token ids, got {prompt!r}")
         if not len(prompt):
             raise ValueError(f"prompt {row} is empty: a model continues at least one token, such as its bos_token_id")
         if len(prompt) + max_new_tokens > context:
@@ -159,6 +166,8 @@ def _by_row(factors: Sequence[FactorTree], adapter_ids: Sequence[int], count: in
     """Each row's own pairs, on a leading axis. Adapters of other targets or ranks are filled up with zeros."""
     if len(adapter_ids) != count or not all(0 <= one < len(factors) for one in adapter_ids):
         raise ValueError(f"adapter_ids must be {count} numbers below {len(factors)}, got {list(adapter_ids)}")
+    if not any(factors):
+        raise ValueError("factors holds no adapted kernel")
     shapes: dict[str, tuple[Array, Array]] = {path: pair for tree in factors for path, pair in tree.items()}
     rank = max(pair[0].shape[-1] for tree in factors for pair in tree.values())
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 import transformers
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import peanut_jax as pj
 from peanut_jax.kernels import flatten
@@ -111,6 +112,27 @@ def test_cache(family, name):
     assert int(cache.filled) == LENGTH
 
 
+def test_nothing_sees_later_tokens_or_other_sequences(family):
+    """Positions that begin again, a segment's number that comes again, padding beside segments."""
+    _, _, model, params = family("llama3")
+    forward = jax.jit(model.apply)
+    tokens, _ = tokens_and_mask("none")
+    tokens = tokens[:1, :6]
+    later = tokens.copy()
+    later[:, 3:] = 20
+    again = np.array([[0, 1, 2, 0, 1, 2]])
+    np.testing.assert_array_equal(
+        forward(params, tokens, positions=again)[:, :3], forward(params, later, positions=again)[:, :3]
+    )
+    segments = np.array([[1, 1, 1, 2, 1, 1]])
+    alone = forward(params, tokens[:, 4:])
+    np.testing.assert_allclose(forward(params, tokens, segments=segments)[:, 4:], alone, rtol=0, atol=2e-5)
+    mask = np.array([[1, 1, 1, 1, 1, 0]])
+    tokens[0, 5] = SIZES["vocab_size"]  # a padding id outside the vocabulary
+    padded = forward(params, tokens, mask, segments=np.ones((1, 6), int))
+    np.testing.assert_allclose(padded[:, :5], forward(params, tokens[:, :5]), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["llama3.1", "mistral"])
 def test_packed_rows_are_their_sequences(family, name):
     _, _, model, params = family(name)
@@ -155,9 +177,24 @@ def test_the_loss_holds_one_chunk_of_logits(family):
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
     vocab = SIZES["vocab_size"]
-    assert f"tensor<16x{vocab}xf32>" in text
+    assert f"tensor<4x4x{vocab}xf32>" in text
     assert f"128x{vocab}xf32" not in text
     assert f"4x32x{vocab}xf32" not in text
+
+
+def test_the_loss_keeps_a_batch_on_its_devices(family):
+    """No hidden states are gathered from the devices that the batch is spread over."""
+    _, _, model, params = family("llama2")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    def loss(params, tokens):
+        return model.apply(params, tokens, tokens, jnp.ones(tokens.shape), chunk=64, method="loss")[0]
+
+    text = jax.jit(loss).lower(params, tokens).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -283,6 +320,14 @@ FIELDS = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediat
         ({"num_hidden_layers": 0}, r"num_hidden_layers must be an integer of at least 1"),
         ({"num_hidden_layers": "2"}, r"num_hidden_layers must be an integer of at least 1, got '2'"),
         ({"head_dim": 3}, r"head_dim must be even"),
+        ({"rms_norm_eps": "1e-5"}, r"rms_norm_eps must be a number"),
+        ({"rope_theta": "x"}, r"rope_theta must be a number above 0, got 'x'"),
+        ({"rope_scaling": [1]}, r"rope_scaling must be an object"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5 is not supported"),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 0},
+            r"sliding_window must be an integer",
+        ),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
             r"layer_types must be .* each of 2 layers",
@@ -311,6 +356,15 @@ def test_defaults_of_fields_that_are_left_out():
         reference = config_class(**{name: value for name, value in fields.items() if name != "model_type"})
         ours, theirs = from_hf(fields), from_hf(reference.to_dict())
         assert dataclasses.replace(ours, rms_norm_eps=1e-6) == dataclasses.replace(theirs, rms_norm_eps=1e-6)
+
+
+def test_fields_that_a_family_does_not_read():
+    """transformers' Mistral and Qwen2 have no such biases; a null num_key_value_heads means as many as heads."""
+    mistral = from_hf({**FIELDS, "model_type": "mistral", "num_key_value_heads": None, "attention_bias": True})
+    assert (mistral.num_key_value_heads, mistral.qkv_bias) == (2, False)
+    assert not from_hf({**FIELDS, "model_type": "qwen2", "num_key_value_heads": 1, "mlp_bias": True}).mlp_bias
+    with pytest.raises(ValueError, match=r"windows must be a tuple with one of 1 layers each"):
+        from_hf(FIELDS, num_hidden_layers=1)
 
 
 def test_rope_parameters_of_transformers_5():
