@@ -370,10 +370,10 @@ class Decoder(nn.Module):
             return jnp.moveaxis(padded.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
 
         def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            h, label, weight = part
+            h, label, weight = (array.reshape(-1, *array.shape[2:]) for array in part)
             logits = module._logits(h)
             # A sum over a mask, for a gather's gradient would be another array of the logits' size.
-            its_own = jnp.arange(logits.shape[-1]) == label[..., None]
+            its_own = jnp.arange(logits.shape[-1]) == label[:, None]
             picked = jnp.where(its_own, logits, 0.0).sum(-1)
             return total + ((jax.nn.logsumexp(logits, axis=-1) - picked) * weight).sum(), None
 

@@ -177,7 +177,7 @@ def test_the_loss_holds_one_chunk_of_logits(family):
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
     vocab = SIZES["vocab_size"]
-    assert f"tensor<4x4x{vocab}xf32>" in text
+    assert f"tensor<16x{vocab}xf32>" in text
     assert f"128x{vocab}xf32" not in text
     assert f"4x32x{vocab}xf32" not in text
 
