@@ -19,7 +19,7 @@ import optax
 
 import peanut_jax as pj
 from benchmarks.step_cost import TARGETS, make_step
-from peanut_jax.models.decoder import Decoder
+from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, from_hf
 
 
@@ -35,7 +35,7 @@ def compile_seconds(layers: int, scan_layers: bool) -> float:
     """Of a train step on abstract arrays."""
     model = Decoder(config_of(layers, 1024, scan_layers), jnp.float32)
     tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = variable_shapes(model)
     config, tx = pj.PeanutConfig(r=8, target_modules=TARGETS), optax.adamw(1e-3)
 
     def loss_fn(params, batch, key):
@@ -54,7 +54,7 @@ def compile_seconds(layers: int, scan_layers: bool) -> float:
 def loss_bytes(vocab: int, tokens: int, chunk: int) -> int:
     """Temporary bytes of the loss and its gradient in the hidden states' place: the embedding's output."""
     model = Decoder(config_of(1, vocab), jnp.bfloat16)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = variable_shapes(model)
     config = pj.PeanutConfig(r=8, target_modules=TARGETS)
     adapters = jax.eval_shape(lambda params: pj.init(jax.random.key(0), params, config), params)
     ids = jax.ShapeDtypeStruct((tokens // 256, 256), jnp.int32)

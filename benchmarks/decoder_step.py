@@ -14,7 +14,7 @@ import optax
 
 import peanut_jax as pj
 from benchmarks.step_cost import MODELS, TARGETS, make_step
-from benchmarks.timing import alternate, median_ratio
+from benchmarks.timing import alternate, median_ratio, stepping
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 
 
@@ -40,13 +40,7 @@ def main() -> None:
         state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
         step = make_step("peanut", loss_fn, config, tx, 1).lower(state, params, tokens).compile()
         temporaries[name] = step.memory_analysis().temp_size_in_bytes
-        holder = [state]
-
-        def run(step=step, holder=holder, params=params):
-            holder[0], metrics = step(holder[0], params, tokens)
-            jax.block_until_ready((holder[0], metrics))
-
-        steps[name] = run
+        steps[name] = stepping(step, state, params, tokens)
     seconds = alternate(steps, args.repeats)
     for name in steps:
         record = {

@@ -10,7 +10,6 @@ JAX included; `start` is what it was before the work.
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,19 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks.checkpoints import config_of, llama_shapes, write_llama
+from benchmarks.memory import MB, in_own_process, measure
 from peanut_jax import PeanutConfig
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.peft_files import ModuleAdapters, write
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-MB = 1e6
-
-
-def peak_memory(field: str) -> float:
-    """VmHWM (the peak) or VmRSS (now) of this process, in MB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) * 1024 / MB
 
 
 def write_adapter(folder: Path, config: dict, rank: int, depth: int) -> None:
@@ -49,15 +42,13 @@ def write_adapter(folder: Path, config: dict, rank: int, depth: int) -> None:
 
 
 def work(road: str, folder: Path) -> None:
-    """One road, in this process; prints its figures."""
+    """One road, measured in this process."""
     jax.block_until_ready(jax.numpy.zeros(1))
-    base, start, began = folder / "base", peak_memory("VmRSS"), time.perf_counter()
+    base, adapter = folder / "base", folder / "adapter"
     if road == "merge":
-        merge_folders(base, [folder / "adapter"], folder / "merged")
+        measure(lambda: merge_folders(base, [adapter], folder / "merged"))
     else:
-        to_lora_folder(folder / "adapter", base, folder / "lora")
-    seconds = time.perf_counter() - began
-    print(json.dumps({"road": road, "seconds": seconds, "start_mb": start, "peak_mb": peak_memory("VmHWM")}))
+        measure(lambda: to_lora_folder(adapter, base, folder / "lora"))
 
 
 def copy_seconds(folder: Path) -> float:
@@ -87,13 +78,12 @@ def main() -> None:
         kernel = max(2 * np.prod(shape) for name, shape in llama_shapes(config) if "proj" in name) / MB
         copied = copy_seconds(folder)
         for road in ("merge", "lora"):
-            command = [sys.executable, "-m", "benchmarks.export_merged", "--work", road, temporary]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures = json.loads(output.splitlines()[-1])
+            figures = in_own_process("benchmarks.export_merged", "--work", road, temporary)
             limit = shard + kernel
             print(
                 json.dumps(
                     {
+                        "road": road,
                         **figures,
                         "checkpoint_gb": total / 1e9,
                         "largest_shard_mb": shard,

@@ -10,8 +10,6 @@ interpreter and JAX included; `limit` is the parameters, the largest stacked ten
 import argparse
 import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,17 +17,8 @@ from pathlib import Path
 import jax
 
 from benchmarks.checkpoints import config_of, llama_shapes, write_llama
-from benchmarks.export_merged import MB, peak_memory
+from benchmarks.memory import MB, in_own_process, measure
 from peanut_jax.models.loading import load_decoder
-
-
-def work(folder: Path) -> None:
-    """Loads in this process; prints its figures."""
-    start, began = peak_memory("VmRSS"), time.perf_counter()
-    _, params = load_decoder(folder)
-    jax.block_until_ready(params)
-    seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "start_mb": start, "peak_mb": peak_memory("VmHWM")}))
 
 
 def read_seconds(folder: Path) -> float:
@@ -50,7 +39,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        return work(args.work)
+        return measure(lambda: jax.block_until_ready(load_decoder(args.work)[1]))
 
     config = config_of(args.layers)
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,9 +50,7 @@ def main() -> None:
         limit = (total + max(stacked, sizes["lm_head.weight"])) / MB + 300
         for _ in range(args.repeats):
             plain = read_seconds(folder)
-            command = [sys.executable, "-m", "benchmarks.load_decoder", "--work", str(folder)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures = json.loads(output.splitlines()[-1])
+            figures = in_own_process("benchmarks.load_decoder", "--work", str(folder))
             figures |= {
                 "parameters_mb": total / MB,
                 "largest_stacked_mb": stacked / MB,

@@ -30,10 +30,10 @@ import optax
 from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import peanut_jax as pj
-from benchmarks.timing import alternate, median_ratio
+from benchmarks.timing import alternate, median_ratio, stepping
 from peanut_jax.config import Config
 from peanut_jax.kernels import flatten, replace
-from peanut_jax.models.decoder import Decoder
+from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import REMAT_POLICIES, from_hf
 from peanut_jax.tweaker import delta
 
@@ -77,7 +77,7 @@ def decoder(args: argparse.Namespace, unroll: int = 1) -> tuple[Callable, dict]:
     """Our decoder, the same sizes."""
     config = from_hf(llama_config(args).to_dict(), remat=args.remat, unroll=unroll)
     model = Decoder(config, jnp.dtype(args.dtype))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    shapes = variable_shapes(model)
     # One chunk when the layers are unrolled, so that the loss is no loop either.
     chunk = args.tokens if unroll > 1 else args.chunk
 
@@ -211,13 +211,7 @@ def main() -> None:
         counted = step
         if unrolled is not None:
             counted = make_step(method, unrolled, config, tx, args.accumulate).lower(state, params, tokens).compile()
-        holder = [state]
-
-        def run(step=step, holder=holder):
-            holder[0], metrics = step(holder[0], params, tokens)
-            jax.block_until_ready((holder[0], metrics))
-
-        steps[method] = run
+        steps[method] = stepping(step, state, params, tokens)
         records[method] = {
             "method": method,
             "model": args.model,

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -17,6 +19,17 @@ def alternate(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str
             step()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def stepping(step: Callable, state: Any, *args: Any) -> Callable[[], None]:
+    """A call of `step(state, *args) -> (state, metrics)` for `alternate`, which goes on from the state before."""
+    holder = [state]
+
+    def run() -> None:
+        holder[0], metrics = step(holder[0], *args)
+        jax.block_until_ready((holder[0], metrics))
+
+    return run
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:

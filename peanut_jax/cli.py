@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,9 +20,8 @@ from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.verify import compare
 from peanut_jax.kernels import flatten
-from peanut_jax.models import hf
-from peanut_jax.models.decoder_config import MODEL_TYPES
-from peanut_jax.models.hf_files import find, read_json
+from peanut_jax.models import decoder_config, hf
+from peanut_jax.models.hf_files import read_json
 from peanut_jax.models.loading import decoder_shapes
 
 
@@ -63,15 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "Every other tensor keeps its bytes; names, shards, dtypes, configuration and tokenizer stay. Several adapters "
         "are added up, each computed from the original kernels.",
     )
-    merge.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
+    _add_writing(merge, "a merged checkpoint", "folder to write; it appears whole or not")
     merge.add_argument(
         "--adapter", action="append", required=True, metavar="DIR", help="adapter folder; may be repeated"
     )
-    merge.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write; it appears whole or not"
-    )
-    merge.add_argument("--overwrite", action="store_true", help="replace a merged checkpoint that is there")
-    _add_base_check(merge)
 
     lora = _command(
         commands,
@@ -81,11 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "Write an adapter as a standard PEFT LoRA directory, which vLLM, llama.cpp and PEFT serve on the same base. "
         "Nothing is approximated. Of the base, the adapted kernels alone are read.",
     )
-    lora.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
+    _add_writing(lora, "an adapter", "folder to write")
     lora.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
-    lora.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    lora.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
-    _add_base_check(lora)
 
     verify = _command(
         commands,
@@ -144,7 +136,11 @@ def _add_inspect(commands) -> None:
     fields.add_argument("--task-type", help="HF PEFT's, such as SEQ_CLS: its head is saved too")
 
 
-def _add_base_check(command: argparse.ArgumentParser) -> None:
+def _add_writing(command: argparse.ArgumentParser, replaced: str, out: str) -> None:
+    """The arguments of a command that writes a folder from a base."""
+    command.add_argument("base", help="folder of the base checkpoint (safetensors), or hub name")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+    command.add_argument("--overwrite", action="store_true", help=f"replace {replaced} that is there")
     command.add_argument(
         "--no-base-check",
         action="store_true",
@@ -152,27 +148,22 @@ def _add_base_check(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _writing(args: argparse.Namespace, description: str) -> dict[str, Any]:
+    """What those arguments are to the library, with a bar on stderr."""
+    return {
+        "overwrite": args.overwrite,
+        "check_base": not args.no_base_check,
+        "track": lambda names: _track(names, description),
+    }
+
+
 def _merge(args: argparse.Namespace) -> None:
-    merge_folders(
-        args.base,
-        args.adapter,
-        args.out,
-        overwrite=args.overwrite,
-        check_base=not args.no_base_check,
-        track=lambda names: _track(names, "merging"),
-    )
+    merge_folders(args.base, args.adapter, args.out, **_writing(args, "merging"))
     print(f"{args.out}: {args.base} with {' + '.join(args.adapter)} merged in")
 
 
 def _to_lora(args: argparse.Namespace) -> None:
-    to_lora_folder(
-        args.adapter,
-        args.base,
-        args.out,
-        overwrite=args.overwrite,
-        check_base=not args.no_base_check,
-        track=lambda names: _track(names, "converting"),
-    )
+    to_lora_folder(args.adapter, args.base, args.out, **_writing(args, "converting"))
     config = peft_files.read(args.out).config
     print(f"{args.out}: LoRA of rank {config.r}, lora_alpha = {config.r * config.scaling:g}, of {args.base}")
 
@@ -233,8 +224,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _shapes(source: str, task: str | None) -> tuple[str, dict]:
     """The model type and parameter shapes: the decoder's for the checkpoints that it runs, else transformers'."""
-    path = find(source, "config.json", None)
-    if task is None and path is not None and read_json(path).get("model_type") in MODEL_TYPES:
+    if task is None and decoder_config.runs(source):
         return decoder_shapes(source)
     return hf.shapes(source, task)
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +46,24 @@ class Header:
     data: int
 
 
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The library's reader, for numpy; a damaged file is a ValueError."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+
+
 def read_header(path: Path) -> Header:
     """Reads and checks a header: the library refuses lengths, offsets, shapes and dtypes that do not fit the file.
 
     Raises:
         ValueError: a file that is truncated, corrupt or no safetensors.
     """
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+    with open_safetensors(path):
+        pass
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         content = json.loads(file.read(length))

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peanut_jax.config import Config, PeanutConfig
 from peanut_jax.interop import fingerprint, names
 from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_base
 from peanut_jax.interop.files import check_apart, copy_file, dtype_of, finite, new_folder, write_entry
-from peanut_jax.interop.lora import tensor_factors
+from peanut_jax.interop.lora import Track, tensor_factors
 from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_files import ModuleAdapters, label_count, read
 from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
@@ -38,8 +38,6 @@ _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 # Rows of a tensor that are merged at a time.
 BLOCK = 512
-
-Track = Callable[[list[str]], Iterable[str]]
 
 
 def export_merged(
@@ -187,8 +185,8 @@ def _merged(
     right = jnp.concatenate([right for _, right in pairs], axis=0)
     for start in range(0, len(tensor), BLOCK):  # so that no float32 array of the kernel's size is made
         block = slice(start, start + BLOCK)
-        tensor[block], finite = _add(tensor[block], left[block], right)
-        if not finite:
+        tensor[block], whole = _add(tensor[block], left[block], right)
+        if not whole:
             raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
     return tensor
 

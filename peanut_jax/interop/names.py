@@ -84,8 +84,8 @@ def every_module(flat: Mapping[str, Leaf], scanned: Collection[str]) -> dict[str
             parts = path.split("/")[:-1]
             for depth in range(1, len(parts) + 1):
                 module = "/".join(parts[:depth])
-                inside = row is not None and prefix is not None and module.startswith(f"{prefix}/")
-                name = f"{prefix}/{row}/{module.removeprefix(f'{prefix}/')}" if inside else module
+                inside = module.startswith(f"{prefix}/")
+                name = numbered(module, row) if inside and row is not None else module
                 found[name.replace("/", ".")] = module.replace("/", ".")
     return found
 
@@ -102,9 +102,9 @@ def to_torch(leaves: Mapping[str, Leaf], scanned: Collection[str]) -> dict[str, 
         array = np.asarray(jax.device_get(leaves[path]))
         stacked = container(path) in scanned
         kernel = _dense(path, leaves, stacked)
-        for row, part in enumerate(array) if stacked else [(None, array)]:
-            name = path if row is None else numbered(path, row)
-            tensors[tensor_name(name)] = _to_torch(path, part, kernel)
+        names = tensor_names(path, range(len(array)) if stacked else None)
+        for name, part in zip(names, array if stacked else [array], strict=True):
+            tensors[name] = _to_torch(path, part, kernel)
     return tensors
 
 
@@ -123,9 +123,7 @@ def from_torch(
         kernel = _dense(path, leaves, stacked)
         expected = _to_torch(path, np.empty(shape, bool), kernel).shape
         parts = []
-        for name in (
-            [tensor_name(numbered(path, row)) for row in range(leaf.shape[0])] if stacked else [tensor_name(path)]
-        ):
+        for name in tensor_names(path, range(leaf.shape[0]) if stacked else None):
             if name not in tensors:
                 raise ValueError(f"{name!r} of the saved modules is missing")
             if tensors[name].shape != expected:
@@ -138,10 +136,11 @@ def from_torch(
     return found
 
 
-def tensor_name(path: str) -> str:
-    """`a/b/kernel` -> `a.b.weight`, without a layer's number."""
-    module, _, leaf = path.rpartition("/")
-    return f"{module}/{'weight' if leaf in _WEIGHTS else leaf}".replace("/", ".").removeprefix(".")
+def tensor_names(path: str, rows: Iterable[int] | None) -> list[str]:
+    """The torch tensors of a leaf, as `modules`: `a/b/kernel` is `a.b.weight`."""
+    leaf = path.rpartition("/")[2]
+    name = "weight" if leaf in _WEIGHTS else leaf
+    return [f"{module}.{name}".removeprefix(".") for module in modules(path, rows)]
 
 
 def torch_kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kernel]:

@@ -69,7 +69,7 @@ def load_adapter(
     if check_base and isinstance(config, PeanutConfig):
         fingerprint.note_absence(loaded.fingerprint, str(folder))
         if loaded.fingerprint:
-            found = fingerprint.of_targets(params, check(adapters, params, config))
+            found = fingerprint.fingerprint(params, config, axes)
             fingerprint.check(found, loaded.fingerprint, str(folder), "these params")
     return adapters, config
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from peanut_jax import tweaker
 from peanut_jax.config import TASK_HEADS, Config, LoraConfig, PeanutConfig
 from peanut_jax.interop.files import finite, read_tensors, write_tensors, write_text
 from peanut_jax.models.hf_files import local_folder, read_json
@@ -278,11 +279,11 @@ def _check_shapes(
         if theta.keys() != wanted:
             odd = sorted(theta.keys() ^ wanted)
             raise ValueError(f"module {module!r}: {odd[0]} is {'missing' if odd[0] in wanted else 'not expected'}")
-        expected: dict[str, tuple[int, ...]] = {"a": (theta["a"].shape[0], r), "b": (r, theta["b"].shape[1])}
+        side = theta["a"].shape[0]
         if isinstance(config, PeanutConfig):
-            expected["b"] = (r, theta["a"].shape[0])
-        if depth:
-            expected |= dict.fromkeys(_LISTS, (depth, r, r))
+            expected = tweaker.shapes(side, side, r, depth, config.orientation)
+        else:
+            expected = tweaker.lora_shapes(side, theta["b"].shape[1], r)
         for leaf, shape in expected.items():
             if theta[leaf].shape != shape:
                 raise ValueError(

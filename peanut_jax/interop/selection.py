@@ -96,9 +96,11 @@ def flax_selection(config: Config, rows: Mapping[str, list[int] | None], params:
 
 
 def _saved_by_peft(config: Config, modules: Iterable[str]) -> set[str]:
-    """The modules that HF PEFT would save: by the end of the name, so that "norm" is "input_layernorm" too (peft
-    0.21.2,
-    `_set_trainable` in `utils/other.py`)."""
+    """The modules that HF PEFT would save: by the end of the name, so that "norm" is "input_layernorm" too.
+
+    References:
+        peft 0.21.2, `_set_trainable` in `utils/other.py`.
+    """
     return {module for module in modules if module.endswith(_heads(config))}
 
 

@@ -13,9 +13,8 @@ from jaxtyping import PyTree
 from peanut_jax.adapters import merge
 from peanut_jax.interop.peft import load_adapter
 from peanut_jax.interop.peft_files import CONFIG_FILE, label_count, read
-from peanut_jax.models import hf
-from peanut_jax.models.decoder_config import MODEL_TYPES
-from peanut_jax.models.hf_files import find, local_folder, read_json
+from peanut_jax.models import decoder_config, hf
+from peanut_jax.models.hf_files import local_folder
 from peanut_jax.models.loading import load_decoder
 
 Run = Callable[[PyTree], np.ndarray]
@@ -81,8 +80,7 @@ def _adapted(adapter: str | Path, params: PyTree) -> PyTree:
 def _load(source: str, like: str, task: str | None, labels: int | None, seed: int) -> tuple[Run, PyTree]:
     """params -> logits on the random input, and the params; with the decoder where it runs the model, else with
     transformers' Flax class for `task` (default: what `like` was saved for)."""
-    config = find(source, "config.json", None)
-    if config is not None and read_json(config).get("model_type") in MODEL_TYPES and task in (None, "causal-lm"):
+    if task in (None, "causal-lm") and decoder_config.runs(source):
         decoder, params = load_decoder(source, "float32")
         inputs = _tokens(decoder.config.vocab_size, decoder.config.max_position_embeddings, seed)
         return lambda params: _run(lambda: {"logits": decoder.apply(params, inputs)}), params

@@ -391,6 +391,11 @@ class Decoder(nn.Module):
         return self.lm_head(x)
 
 
+def variable_shapes(model: Decoder) -> PyTree:
+    """The model's variables as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
 def _float32_dot(*args: Any, **kwargs: Any) -> Array:
     """Operands as they are, the result in float32: logits keep what bfloat16 would round off."""
     return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})

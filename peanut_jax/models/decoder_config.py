@@ -136,6 +136,12 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
         raise ValueError(f"{path}: {error}") from error
 
 
+def runs(source: str) -> bool:
+    """Whether a folder or hub repository holds a model of the decoder's."""
+    path = find(source, "config.json", None)
+    return path is not None and read_json(path).get("model_type") in MODEL_TYPES
+
+
 def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     """The config that the fields of a config.json mean.
 

@@ -13,6 +13,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +54,26 @@ class Sampling:
             raise ValueError(f"top_k must be an integer of at least 1 or None, got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+
+
+@flax.struct.dataclass
+class _Prompts:
+    """What greedy, sampling and beam search all start from.
+
+    Attributes:
+        params: The model's variables.
+        tokens, real: Prompts padded on the left, and where they are not padding.
+        factors: Of one adapter for all rows.
+        rows: Each row's own pairs, from `_by_row`.
+        limit: New tokens at most.
+    """
+
+    params: PyTree
+    tokens: Int[Array, "batch prompt"]
+    real: Bool[Array, "batch prompt"]
+    factors: FactorTree | None
+    rows: PyTree | None
+    limit: Int[Array, ""]
 
 
 def generate(
@@ -105,14 +126,14 @@ def generate(
         rows, factors = _by_row(factors, adapter_ids, len(prompts), num_beams), None  # type: ignore[arg-type]
     tokens, real = _left_padded(prompts)
     room = tokens.shape[1] + bucket(max_new_tokens)
-    limit = jnp.int32(max_new_tokens)
+    start = _Prompts(params, tokens, real, factors, rows, jnp.int32(max_new_tokens))  # type: ignore[arg-type]
     if num_beams > 1:
         run = _beam_search
         options: dict[str, Any] = {"num_beams": num_beams, "length_penalty": float(length_penalty)}
     else:
         run = _sample
         options = {"sampling": sampling, "key": jax.random.key(0) if key is None else key}
-    out, lengths = run(model, params, tokens, real, factors, rows, limit, room=room, eos=eos, **options)
+    out, lengths = run(model, start, room=room, eos=eos, **options)
     return [row[:length] for row, length in zip(np.asarray(out).tolist(), np.asarray(lengths).tolist(), strict=True)]
 
 
@@ -190,14 +211,15 @@ def _by_row(factors: Sequence[FactorTree], adapter_ids: Sequence[int], count: in
     }
 
 
-def _step_of(model: Decoder, params: PyTree, factors: FactorTree | None, rows: PyTree | None) -> Step:
+def _step_of(model: Decoder, prompts: _Prompts) -> Step:
     """(tokens [B, S], real [B, S], cache) -> (logits [B, vocab], cache) of the plain or the adapted model."""
 
     def plain(params: PyTree, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
         return model.apply(params, tokens, real, cache, method="step")  # type: ignore[return-value]
 
+    params, rows = prompts.params, prompts.rows
     if rows is None:
-        return partial(plain if factors is None else with_pairs(plain, factors), params)
+        return partial(plain if prompts.factors is None else with_pairs(plain, prompts.factors), params)
 
     def one_row(pairs: FactorTree, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
         alone = _row_cache(cache, jnp.expand_dims)
@@ -226,12 +248,7 @@ def _row_cache(cache: Cache, change: Callable[[Array, int], Array]) -> Cache:
 @partial(jax.jit, static_argnames=("model", "room", "eos", "sampling"))
 def _sample(
     model: Decoder,
-    params: PyTree,
-    tokens: Int[Array, "batch prompt"],
-    real: Bool[Array, "batch prompt"],
-    factors: FactorTree | None,
-    rows: PyTree | None,
-    limit: Int[Array, ""],
+    prompts: _Prompts,
     *,
     room: int,
     eos: tuple[int, ...],
@@ -239,9 +256,9 @@ def _sample(
     key: PRNGKeyArray,
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """Greedy or sampled continuations, and their lengths."""
-    batch, prompt = tokens.shape
-    step = _step_of(model, params, factors, rows)
-    logits, cache = step(tokens, real, empty_cache(model.config, batch, room, model.dtype))
+    (batch, prompt), limit = prompts.tokens.shape, prompts.limit
+    step = _step_of(model, prompts)
+    logits, cache = step(prompts.tokens, prompts.real, empty_cache(model.config, batch, room, model.dtype))
 
     def choose(logits: Array, i: Array) -> Array:
         if sampling is None:
@@ -292,12 +309,7 @@ def filtered(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> Float[
 @partial(jax.jit, static_argnames=("model", "room", "eos", "num_beams", "length_penalty"))
 def _beam_search(
     model: Decoder,
-    params: PyTree,
-    tokens: Int[Array, "batch prompt"],
-    real: Bool[Array, "batch prompt"],
-    factors: FactorTree | None,
-    rows: PyTree | None,
-    limit: Int[Array, ""],
+    prompts: _Prompts,
     *,
     room: int,
     eos: tuple[int, ...],
@@ -310,12 +322,12 @@ def _beam_search(
     of the best K that end compete with the finished ones by score. A row stops once no open beam can beat its worst
     finished one at the present length.
     """
-    batch, prompt = tokens.shape
+    (batch, prompt), limit = prompts.tokens.shape, prompts.limit
     k, new = num_beams, room - prompt
     keep = max(2, 1 + len(eos)) * k
-    step = _step_of(model, params, factors, rows)
+    step = _step_of(model, prompts)
     # With adapters by row, a row's beams stand together, as in the flattened batch below.
-    first = jnp.repeat(tokens, k, axis=0), jnp.repeat(real, k, axis=0)
+    first = jnp.repeat(prompts.tokens, k, axis=0), jnp.repeat(prompts.real, k, axis=0)
     logits, cache = step(*first, empty_cache(model.config, batch * k, room, model.dtype))
 
     class_of = jnp.arange(batch)[:, None]

@@ -12,6 +12,8 @@ import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
+from peanut_jax.interop.files import open_safetensors
+
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
 INDEX_FILE = "model.safetensors.index.json"
 # Files of a hub repository that hold the same weights for others to read.
@@ -121,14 +123,9 @@ def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            names, kind = file.keys(), (file.metadata() or {}).get("format", "pt")
-            return {name: file.get_tensor(name) for name in names}, kind
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+    with open_safetensors(path) as file:
+        names, kind = file.keys(), (file.metadata() or {}).get("format", "pt")
+        return {name: file.get_tensor(name) for name in names}, kind
 
 
 def _read_msgpack(path: Path) -> tuple[Tensors, str]:

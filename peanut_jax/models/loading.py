@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from peanut_jax.interop.checkpoint import Checkpoint, open_checkpoint
 from peanut_jax.interop.files import finite
-from peanut_jax.interop.names import container, numbered, tensor_name
+from peanut_jax.interop.names import container, tensor_names
 from peanut_jax.kernels import COLLECTION, flatten, replace
-from peanut_jax.models.decoder import Decoder
+from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import read_config
 
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -66,7 +66,7 @@ def load_decoder(
         raise ValueError("mesh and rules go together: the rules say how the mesh's axes cut the parameters")
     config = read_config(str(source), **overrides)
     model = Decoder(config, dtype)
-    leaves = flatten(_shapes(model))
+    leaves = flatten(variable_shapes(model))
     checkpoint = open_checkpoint(source)
     _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
     shardings = _shardings(leaves, mesh, rules)
@@ -85,18 +85,12 @@ def decoder_shapes(source: str | Path, **overrides: Any) -> tuple[str, Any]:
         As `load_decoder`.
     """
     config = read_config(str(source), **overrides)
-    return config.model_type, _shapes(Decoder(config))
-
-
-def _shapes(model: Decoder) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return config.model_type, variable_shapes(Decoder(config))
 
 
 def torch_names(path: str, shape: Sequence[int]) -> list[str]:
     """The checkpoint's tensors of a leaf: one, or one a layer."""
-    if container(path) is None:
-        return [tensor_name(path)]
-    return [tensor_name(numbered(path, row)) for row in range(shape[0])]
+    return tensor_names(path, None if container(path) is None else range(shape[0]))
 
 
 def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool) -> None:
