@@ -38,6 +38,13 @@ _OUTPUT_HEAD = re.compile(
     r"(lm_head|classifier|score|qa_outputs|embed_out|proj_out)(\.decoder)?"
     r"|(cls|generator_lm_head|predictions)(\.predictions)?\.decoder|vocab_projector"
 )
+
+
+def is_output_head(module: str) -> bool:
+    """Whether a dotted module path is a projection to classes or vocabulary."""
+    return _OUTPUT_HEAD.fullmatch(module) is not None
+
+
 _KINDS = {"embedding": "Embed", "scale": "LayerNorm", "kernel": "Conv"}
 
 
@@ -80,7 +87,7 @@ def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> d
     modules = _modules(flat)
     names = default_targets(kernels) if config.target_modules is None else config.target_modules
     if isinstance(names, str) and names.lower() == ALL_LINEAR:
-        chosen = [module for module in kernels if not _OUTPUT_HEAD.fullmatch(module)]
+        chosen = [module for module in kernels if not is_output_head(module)]
     else:
         chosen = _matching("target_modules", names, modules, kernels)
         for module in chosen:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 
 from peanut_jax.interop.checkpoint import Checkpoint, open_checkpoint
 from peanut_jax.interop.files import finite
@@ -17,8 +17,7 @@ from peanut_jax.interop.names import container, tensor_names
 from peanut_jax.kernels import COLLECTION, flatten, replace
 from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import read_config
-
-Rules = Sequence[tuple[str, PartitionSpec]]
+from peanut_jax.sharding import Rules, param_shardings, rules_for
 
 # Tensors that some checkpoints hold and no model reads: the rotary frequencies are computed.
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")
@@ -43,8 +42,7 @@ def load_decoder(
         source: A folder with config.json and safetensors (one file, or an index and its shards), or a hub name.
         dtype: Of activations, kernels and embeddings. Norms stay float32.
         mesh: Devices to spread the parameters over; None puts them on the default device.
-        rules: (regular expression, PartitionSpec) pairs, the first that matches a whole parameter path such as
-            `model/layers/self_attn/q_proj/kernel` wins; a stack's first axis is its layers. Needs a mesh.
+        rules: As for `sharding.param_shardings`; None takes `sharding.rules_for`. Needs a mesh.
         **overrides: Fields of `DecoderConfig`, such as `remat="dots"`.
 
     Returns:
@@ -62,14 +60,17 @@ def load_decoder(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name}")
-    if (mesh is None) != (rules is None):
-        raise ValueError("mesh and rules go together: the rules say how the mesh's axes cut the parameters")
+    if mesh is None and rules is not None:
+        raise ValueError("rules need a mesh: they say how its axes cut the parameters")
     config = read_config(str(source), **overrides)
     model = Decoder(config, dtype)
     leaves = flatten(variable_shapes(model))
     checkpoint = open_checkpoint(source)
     _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
-    shardings = _shardings(leaves, mesh, rules)
+    shardings: Mapping[str, Sharding] = dict.fromkeys(leaves, jnp.zeros(()).sharding)
+    if mesh is not None:
+        rules = rules_for(config.model_type, scan_layers=config.scan_layers) if rules is None else rules
+        shardings = param_shardings(leaves, mesh, rules)
     arrays = {}
     for path, leaf in leaves.items():
         kind = leaf.dtype if path.endswith("scale") else dtype
@@ -115,28 +116,6 @@ def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool
             f"{checkpoint.folder} holds {len(extra)} tensors that the decoder has no place for, first {extra[0]!r}: "
             "it would be another function without them"
         )
-
-
-def _shardings(leaves: Mapping[str, Any], mesh: Mesh | None, rules: Rules | None) -> dict[str, Sharding]:
-    if mesh is None or rules is None:
-        return dict.fromkeys(leaves, jnp.zeros(()).sharding)
-    found: dict[str, Sharding] = {}
-    used = set()
-    for path, leaf in leaves.items():
-        rule = next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
-        if rule is None:
-            raise ValueError(
-                f"no rule matches {path!r}; end the rules with ('.*', PartitionSpec()) to replicate the rest"
-            )
-        used.add(rule)
-        found[path] = NamedSharding(mesh, rules[rule][1])
-        try:
-            found[path].shard_shape(leaf.shape)
-        except ValueError as error:
-            raise ValueError(f"{path!r} of shape {leaf.shape} cannot be cut by {rules[rule][1]}: {error}") from error
-    if unused := [rules[i][0] for i in range(len(rules)) if i not in used and rules[i][0] != ".*"]:
-        raise ValueError(f"rule {unused[0]!r} matches no parameter that an earlier rule leaves")
-    return found
 
 
 def _read(

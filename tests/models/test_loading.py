@@ -81,8 +81,8 @@ def test_rules_that_do_not_fit(built, rules, message):
         load_decoder(built[0] / "shards", jnp.float32, mesh, rules)
 
 
-def test_mesh_and_rules_go_together(built):
-    with pytest.raises(ValueError, match="go together"):
+def test_rules_need_a_mesh(built):
+    with pytest.raises(ValueError, match="rules need a mesh"):
         load_decoder(built[0] / "whole", rules=RULES)
 
 
