@@ -111,9 +111,9 @@ def train(name: str, orientation: str, mesh):
     case = MODELS[name]()
     config = config_of(case, orientation)
     params = shard(case.params, mesh, rules_for(name))
-    state = start(name, orientation)
+    state = jax.tree.map(jnp.copy, start(name, orientation))  # the step donates it
     shardings = state_shardings(state, params, config)
-    state = jax.device_put(state, shardings, may_alias=False)  # the step donates it
+    state = jax.device_put(state, shardings)
     traced, losses = [], []
 
     def loss_fn(*args):

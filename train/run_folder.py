@@ -1,0 +1,150 @@
+"""One folder a run: locked while the run lives, and described by `run.json`."""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from filelock import FileLock, Timeout
+
+import peanut_jax as pj
+
+RUN, LOCK, HOLDER = "run.json", ".lock", ".holder"
+_SCRATCH = ".run.json.tmp"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, *, resume: bool) -> Iterator[Path]:
+    """Holds a run's folder for as long as the block lasts; no other process can then open it.
+
+    The lock is the kernel's and ends with the process, however that ends: a killed run can be resumed at once.
+
+    Args:
+        folder: Of the run; created with its parents where there is none yet.
+        resume: Whether an earlier run in `folder` goes on. A folder that holds a `run.json` holds a run.
+
+    Yields:
+        `folder`, known to take writes.
+
+    Raises:
+        ValueError: if `folder` is a file, is in use by another run, holds a run and `resume` is False, holds none and
+            `resume` is True, holds something else, or cannot be written into.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _refuse_foreign(folder, resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_locked(folder).release)
+            if not resume and (folder / RUN).exists():
+                raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or choose another folder")
+            (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except OSError as error:
+            raise ValueError(f"cannot write into {folder}: {error.strerror or error}") from error
+        yield folder
+
+
+def _refuse_foreign(folder: Path, resume: bool) -> None:
+    """Before anything is written: a place that is neither free nor a run's is left as it is."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose a folder that is new or empty")
+    if (folder / RUN).exists():
+        return
+    if resume:
+        raise ValueError(f"{folder} holds no run to resume; leave --resume out to start one")
+    # A run that was killed before it wrote its run.json leaves no more than these.
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, HOLDER, _SCRATCH}:
+        raise ValueError(f"{folder} is not empty and holds no {RUN} of a run; choose a folder that is new or empty")
+
+
+def _locked(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:  # an OSError too, but no failure to write
+        holder = folder / HOLDER
+        who = holder.read_text() if holder.exists() else "unknown process"
+        raise ValueError(f"{folder} is in use by another run ({who}); stop it or choose another folder") from None
+    return lock
+
+
+def describe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is made of, as plain JSON.
+
+    Args:
+        config: The resolved configuration, of JSON's types alone.
+
+    Returns:
+        `config`, and what was found here: `versions` by package, `git` (see `_git`), `device` (its kind), the numbers
+        `devices` and `processes` of the whole run, and `started` (UTC, ISO 8601).
+    """
+    return {
+        "config": dict(config),
+        "versions": _versions(),
+        "git": _git(),
+        "device": jax.local_devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "started": _now(),
+    }
+
+
+def write_run(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes `run.json` whole or not at all: by it the folder counts as a run's."""
+    scratch = folder / _SCRATCH
+    with scratch.open("w") as file:
+        file.write(json.dumps(description, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name without the content
+    scratch.replace(folder / RUN)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The description in `run.json`.
+
+    Raises:
+        ValueError: if it is missing or damaged.
+    """
+    try:
+        return json.loads((folder / RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / RUN} cannot be read: {error}") from error
+
+
+def note_resume(folder: Path, step: int) -> None:
+    """Adds to the list `resumed` in `run.json` when, with what, and after which step the run goes on."""
+    description = read_run(folder)
+    resumed = {"time": _now(), "step": step, "git": _git(), "versions": _versions()}
+    write_run(folder, description | {"resumed": [*description.get("resumed", []), resumed]})
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "peanut_jax": pj.__version__} | installed
+
+
+def _git(module: Path = Path(__file__)) -> dict[str, Any] | None:
+    """The `commit` of the checkout that tracks `module`, and whether tracked files are `dirty`; None without one."""
+
+    def git(*args: str) -> str:
+        command = ("git", "-C", str(module.parent), *args)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # A virtual environment may lie within a checkout that knows nothing of the package.
+        git("ls-files", "--error-unmatch", module.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
