@@ -20,6 +20,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -188,9 +189,10 @@ def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 
 
 def _place(leaf: Leaf, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    host = np.asarray(leaf)  # each process holds the whole, and its devices take their slices
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -301,7 +303,7 @@ def sharded_train_step(
     state: TrainState,
     params: PyTree,
     **options: Any,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """`make_train_step` over a mesh: activations are kept where they belong, and the state stays as it is cut.
 
     Args:

@@ -22,33 +22,55 @@ def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     Raises:
         ValueError: no examples; one without a response within `length` tokens.
     """
-    rows: list[list[Example]] = []
-    room: list[int] = []
-    if not examples:
+    plan = plan_rows([(len(prompt), len(response)) for prompt, response in examples], length)
+    rows = [pack_row([examples[i] for i in members], length) for members in plan]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def plan_rows(sizes: Sequence[tuple[int, int]], length: int) -> list[list[int]]:
+    """The examples of each row, from their sizes alone.
+
+    Args:
+        sizes: Tokens of each example's prompt and response.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    if not sizes:
         raise ValueError("examples is empty")
-    for i, (prompt, response) in enumerate(examples):
-        if len(prompt) >= length or not len(response) or len(prompt) + len(response) < 2:
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (row, room), in order
+    for i, (prompt, response) in enumerate(sizes):
+        if prompt >= length or not response or prompt + response < 2:
             raise ValueError(
-                f"example {i} has a prompt of {len(prompt)} and a response of {len(response)} tokens: nothing of the "
+                f"example {i} has a prompt of {prompt} and a response of {response} tokens: nothing of the "
                 f"response is left in a row of {length}"
             )
-        size = min(length, len(prompt) + len(response))
-        row = next((row for row, free in enumerate(room) if free >= size), len(rows))
-        if row == len(rows):
+        size = min(length, prompt + response)
+        place = next((k for k, (_, room) in enumerate(open_rows) if room >= size), None)
+        if place is None:
+            place = len(open_rows)
+            open_rows.append((len(rows), length))
             rows.append([])
-            room.append(length)
-        rows[row].append((prompt, response))
-        room[row] -= size
-    packed = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "labels", "weights", "segments")}
-    for row, members in enumerate(rows):
-        start = 0
-        for number, (prompt, response) in enumerate(members, 1):
-            ids = [*prompt, *response][:length]
-            stop = start + len(ids)
-            packed["tokens"][row, start:stop] = ids
-            packed["labels"][row, start : stop - 1] = ids[1:]
-            packed["weights"][row, start + max(len(prompt) - 1, 0) : stop - 1] = 1
-            packed["segments"][row, start:stop] = number
-            start = stop
+        row, room = open_rows[place]
+        rows[row].append(i)
+        open_rows[place] = row, room - size
+        if room - size < 2:  # no example is shorter: the search need not look here again
+            del open_rows[place]
+    return rows
+
+
+def pack_row(members: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    """One row of `pack`, as [length] arrays."""
+    packed = {name: np.zeros(length, np.int32) for name in ("tokens", "labels", "weights", "segments")}
+    start = 0
+    for number, (prompt, response) in enumerate(members, 1):
+        ids = [*prompt, *response][:length]
+        stop = start + len(ids)
+        packed["tokens"][start:stop] = ids
+        packed["labels"][start : stop - 1] = ids[1:]
+        packed["weights"][start + max(len(prompt) - 1, 0) : stop - 1] = 1
+        packed["segments"][start:stop] = number
+        start = stop
     packed["weights"] = packed["weights"].astype(np.float32)
     return packed

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from peanut_jax.adapters import Adapters, check, saved
@@ -37,12 +38,18 @@ def save_adapter(folder: str | Path, adapters: Adapters, config: Config, params:
         config: The adapter's.
         params: The frozen base that it was trained on.
 
+    With several processes all call it, and the first one writes.
+
     Raises:
         ValueError: an adapter that does not belong to config and params.
         NotImplementedError: a stack of layers that has no name in torch.
     """
     targets = check(adapters, params, config)
-    write(folder, from_tree(adapters, config, params, targets))
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(adapters) if isinstance(leaf, jax.Array)):
+        adapters = multihost_utils.process_allgather(adapters, tiled=True)
+    found = from_tree(adapters, config, params, targets)
+    if jax.process_index() == 0:
+        write(folder, found)
 
 
 def load_adapter(

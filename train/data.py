@@ -1,0 +1,128 @@
+"""Rows of data as global batches: each process reads the rows that its devices hold, ahead of the step.
+
+The rows of step s are a function of s and the seed alone, so that a resumed run goes on where it was, on any number of
+processes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+Row = Mapping[str, np.ndarray]
+Batch = dict[str, jax.Array]
+# The leaf that every row has: how much each of its labels counts, a scalar or one for each token.
+WEIGHTS = "weights"
+_THREADS, _AHEAD = 2, 4
+
+
+class Rows(Protocol):
+    """Rows by index, made when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Row: ...
+
+
+def batches(
+    rows: Rows, *, batch_size: int, seed: int, start: int, stop: int, sharding: NamedSharding
+) -> Iterator[Batch]:
+    """The batches of steps `start` to `stop`, shuffled anew each epoch, prefetched by threads.
+
+    Args:
+        batch_size: Rows of a step over all processes.
+        sharding: Of the batch; the rows of this process's devices are read and no others.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not len(rows):
+        raise ValueError("the training data has no rows")
+    stream = grain.MapDataset.source(_Source(rows)).seed(seed).shuffle().repeat()
+    mine = local_rows(batch_size, sharding)
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        return _stacked([stream[step * batch_size + i] for i in mine])
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+    for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options):
+        yield placed(local, batch_size, sharding)
+
+
+def batch_shapes(rows: Rows, batch_size: int, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `batches` gives, as shapes."""
+    row = {name: np.asarray(value) for name, value in rows[0].items()}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype, sharding=sharding)
+        for name, value in row.items()
+    }
+
+
+def in_order(rows: Rows, *, batch_size: int, sharding: NamedSharding) -> Iterator[Batch]:
+    """Every row once, in batches of one size: the last is filled up with rows of weight 0."""
+    mine = local_rows(batch_size, sharding)
+    for start in range(0, len(rows), batch_size):
+        yield placed(_stacked([_row_or_filler(rows, start + i) for i in mine]), batch_size, sharding)
+
+
+def _row_or_filler(rows: Rows, i: int) -> Row:
+    if i < len(rows):
+        return rows[i]
+    row = rows[len(rows) - 1]
+    return {**row, WEIGHTS: np.zeros_like(row[WEIGHTS])}
+
+
+def local_rows(batch_size: int, sharding: NamedSharding) -> list[int]:
+    """The rows of a batch that this process's devices hold, in order.
+
+    Raises:
+        ValueError: a batch that does not divide.
+    """
+    shards = sharding.num_devices // _replicas(sharding)
+    if batch_size % shards:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide over the data axes of the mesh ({shards} shards): "
+            "change batch_size or the mesh"
+        )
+    index = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({i for part in index if part for i in range(*part[0].indices(batch_size))})
+
+
+def _replicas(sharding: NamedSharding) -> int:
+    """Devices that hold the same rows."""
+    cut = [name for part in sharding.spec for name in ([part] if isinstance(part, str) else part or [])]
+    return int(np.prod([size for name, size in sharding.mesh.shape.items() if name not in cut]))
+
+
+def placed(local: Row, batch_size: int, sharding: NamedSharding) -> Batch:
+    """The global arrays, of which this process gives its rows."""
+    mine = {row: i for i, row in enumerate(local_rows(batch_size, sharding))}
+
+    def place(array: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return array[mine[start] : mine[stop - 1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+    return {name: place(array) for name, array in local.items()}
+
+
+def _stacked(rows: list[Row]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class _Source:
+    """Rows as grain reads them."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Row:
+        return self._rows[int(i)]
