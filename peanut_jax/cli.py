@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from peanut_jax.kernels import flatten
 from peanut_jax.models import decoder_config, hf
 from peanut_jax.models.hf_files import read_json
 from peanut_jax.models.loading import decoder_shapes
+from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
+from peanut_jax.sharding import make_mesh, mesh_sizes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands)
+    _add_plan(commands)
 
     merge = _command(
         commands,
@@ -123,9 +127,14 @@ def _add_inspect(commands) -> None:
         metavar="TASK",
         help=f"head of the model (default: the checkpoint's own): {', '.join(sorted(hf.TASKS))}",
     )
-    inspect.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json to start from")
-    fields = inspect.add_argument_group("config fields", "as in PeanutConfig")
-    fields.add_argument("--r", type=int)
+    _add_config(inspect)
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    """The arguments from which `_config` makes a PeanutConfig."""
+    command.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json to start from")
+    fields = command.add_argument_group("config fields", "as in PeanutConfig")
+    fields.add_argument("--r", "--rank", type=int)
     fields.add_argument("--depth", type=int)
     fields.add_argument("--orientation", choices=("output", "input"))
     fields.add_argument("--target-modules", nargs="+", metavar="NAME", help=f"names, or {ALL_LINEAR}")
@@ -134,6 +143,26 @@ def _add_inspect(commands) -> None:
     fields.add_argument("--modules-to-save", nargs="+", metavar="NAME")
     fields.add_argument("--layers-to-transform", nargs="+", type=int, metavar="LAYER")
     fields.add_argument("--task-type", help="HF PEFT's, such as SEQ_CLS: its head is saved too")
+
+
+def _add_plan(commands) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "show what a train step takes on a mesh, without the mesh and without weights",
+        "Compile the train step of a Llama, Mistral or Qwen model for as many fake devices as the mesh has, and show "
+        "bytes, FLOPs and collectives of one of them. Bytes and FLOPs are the compiler's, the time is an estimate.",
+    )
+    plan.add_argument("--config-json", required=True, metavar="DIR_OR_FILE", help="config.json, its folder or hub name")
+    plan.add_argument("--mesh", required=True, metavar="SIZES", help="such as data=4,fsdp=16,tensor=4")
+    plan.add_argument("--batch", type=int, required=True, metavar="ROWS", help="rows of a step, over all devices")
+    plan.add_argument("--seq", type=int, required=True, metavar="TOKENS", help="tokens of a row")
+    plan.add_argument("--accumulate", type=int, default=1, metavar="N", help="microbatches of a step")
+    plan.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of base and activations")
+    plan.add_argument("--remat", choices=decoder_config.REMAT_POLICIES, default="full")
+    plan.add_argument("--chip", choices=sorted(CHIPS), action="append", help="of the estimate (default: all)")
+    _add_config(plan)
 
 
 def _add_writing(command: argparse.ArgumentParser, replaced: str, out: str) -> None:
@@ -220,6 +249,58 @@ def _inspect(args: argparse.Namespace) -> None:
     table.add_section()
     table.add_row(f"{len(adapters)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
     _print(table)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    model = decoder_config.read_config(args.config_json, remat=args.remat)
+    config = _config(args)
+    _fake_devices(args.mesh)
+    mesh = make_mesh(args.mesh)
+    found = plan(
+        model, mesh, config, batch_size=args.batch, seq_len=args.seq, dtype=args.dtype, accumulate_steps=args.accumulate
+    )
+    table = _table("a device", "", title=f"{model.model_type}: {args.config_json} on {mesh.size} devices ({args.mesh})")
+    for name, value in (
+        ("parameters", found.params),
+        ("adapters and optimizer", found.state),
+        ("batch", found.batch),
+        ("activations and other temporaries", found.temporary),
+        ("total", found.total),
+    ):
+        table.add_row(name, f"{value / 1e9:,.3f} GB")
+    table.add_section()
+    table.add_row("FLOPs a step", f"{found.flops / 1e12:,.2f} T")
+    for kind, moved in sorted(found.traffic().items()):
+        table.add_row(f"{kind} a step", f"{moved / 1e9:,.3f} GB")
+    table.add_section()
+    tokens = args.batch * args.seq
+    for name in args.chip or CHIPS:
+        chip = CHIPS[name]
+        seconds = found.seconds(chip)
+        fits = "fits" if found.total <= chip.memory else f"does NOT fit {chip.memory / 1e9:,.0f} GB"
+        table.add_row(f"{name} (estimate)", f"{fits}; {seconds:,.2f} s, {tokens / seconds:,.0f} tokens/s")
+    _print(table)
+    print(
+        f"{found.trainable:,} trainable parameters. Estimates: {COMPUTE_SHARE:.0%} of the chip's peak FLOP/s, then "
+        f"collectives at {LINK_SHARE:.0%} of its links, not overlapped."
+    )
+
+
+def _fake_devices(sizes: str) -> None:
+    """As many CPU devices as the mesh has.
+
+    Raises:
+        ValueError: a mesh with an open axis; a process in which JAX has looked at its devices, which then stay.
+    """
+    count = math.prod(mesh_sizes(sizes).values())
+    if count < 1:
+        raise ValueError(f"--mesh {sizes!r}: give the size of every axis; there are no devices to fill -1 from")
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if jax.device_count() != count:
+            raise ValueError(f"this process has {jax.device_count()} devices already: {error}") from error
 
 
 def _shapes(source: str, task: str | None) -> tuple[str, dict]:

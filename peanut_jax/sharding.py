@@ -114,12 +114,7 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explic
     Example:
         mesh = make_mesh("data=-1,tensor=4")
     """
-    found = dict.fromkeys(AXES, 1)
-    for part in filter(None, sizes.replace(" ", "").split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {sizes!r}")
-        found[name] = int(size)
+    found = mesh_sizes(sizes)
     devices = jax.devices() if devices is None else devices
     open_axes = [name for name, size in found.items() if size == -1]
     if open_axes:
@@ -134,6 +129,21 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explic
     # A TPU's torus may have to be split along an axis of its own to give these sizes.
     grid = create_device_mesh(tuple(found.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(kind,) * len(AXES))
+
+
+def mesh_sizes(sizes: str) -> dict[str, int]:
+    """Axis -> size, with 1 for an axis that is left out, and -1 as it is.
+
+    Raises:
+        ValueError: as `make_mesh`.
+    """
+    found = dict.fromkeys(AXES, 1)
+    for part in filter(None, sizes.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {sizes!r}")
+        found[name] = int(size)
+    return found
 
 
 def param_shardings(params: PyTree, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from transformers import AutoTokenizer
 
 from peanut_jax.models import hf
+from peanut_jax.models.decoder import language_loss, summed_loss
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.sharding import rules_for, shard
 from peanut_jax.training import LossFn
@@ -58,24 +59,17 @@ def _language(task: LanguageModelling, mesh: Mesh) -> Task:
     model, params = load_decoder(task.model, task.dtype, mesh, remat=task.remat)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
 
-    def loss(params: PyTree, batch: Any) -> tuple[jax.Array, jax.Array]:
-        return model.apply(
-            params, batch["tokens"], batch["labels"], batch["weights"], segments=batch["segments"], method="loss"
-        )  # type: ignore[return-value]
-
-    def loss_fn(params: PyTree, batch: Any, key: Any) -> Any:
-        total, weight = loss(params, batch)
-        return total / weight, {"weight": weight}
-
     def sums(params: PyTree, batch: Any) -> dict[str, jax.Array]:
-        total, weight = loss(params, batch)
+        total, weight = summed_loss(model, params, batch)
         return {"loss": total, "weight": weight}
 
     def rows(source: str) -> Rows:
         return PackedRows(_table(source, [task.response, *([task.prompt] if task.prompt else [])]), task, tokenizer)
 
     evaluation = rows(task.evaluation) if task.evaluation else None
-    return Task(params, loss_fn, sums, rows(task.train), evaluation, "tokens", lambda batch: batch["tokens"].size)
+    return Task(
+        params, language_loss(model), sums, rows(task.train), evaluation, "tokens", lambda batch: batch["tokens"].size
+    )
 
 
 class PackedRows:

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.models.decoder_config import DecoderConfig, Rope
+from peanut_jax.training import LossFn
 
 # Later than any position: the window of a layer that sees every key.
 _EVERYTHING = np.iinfo(np.int32).max // 2
@@ -394,6 +395,31 @@ class Decoder(nn.Module):
 def variable_shapes(model: Decoder) -> PyTree:
     """The model's variables as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def kept_dtype(path: str, dtype: Any) -> Any:
+    """The dtype of a parameter of a model that is loaded in `dtype`: norms stay float32."""
+    return jnp.float32 if path.endswith("scale") else dtype
+
+
+def language_loss(model: Decoder) -> LossFn:
+    """`loss_fn` for `make_train_step`: the mean cross-entropy of the labels that count.
+
+    Its batches hold `tokens`, `labels`, `weights` and `segments`, each [batch, seq], as `Decoder.loss` takes them.
+    """
+
+    def loss_fn(params: PyTree, batch: Any, key: Any) -> tuple[Array, dict[str, Array]]:
+        total, weight = summed_loss(model, params, batch)
+        return total / weight, {"weight": weight}
+
+    return loss_fn
+
+
+def summed_loss(model: Decoder, params: PyTree, batch: Any) -> tuple[Array, Array]:
+    """The sum over such a batch, and the sum of its weights."""
+    return model.apply(
+        params, batch["tokens"], batch["labels"], batch["weights"], segments=batch["segments"], method="loss"
+    )  # type: ignore[return-value]
 
 
 def _float32_dot(*args: Any, **kwargs: Any) -> Array:

@@ -15,7 +15,7 @@ from peanut_jax.interop.checkpoint import Checkpoint, open_checkpoint
 from peanut_jax.interop.files import finite
 from peanut_jax.interop.names import container, tensor_names
 from peanut_jax.kernels import COLLECTION, flatten, replace
-from peanut_jax.models.decoder import Decoder, variable_shapes
+from peanut_jax.models.decoder import Decoder, kept_dtype, variable_shapes
 from peanut_jax.models.decoder_config import read_config
 from peanut_jax.sharding import Rules, param_shardings, rules_for
 
@@ -73,8 +73,7 @@ def load_decoder(
         shardings = param_shardings(leaves, mesh, rules)
     arrays = {}
     for path, leaf in leaves.items():
-        kind = leaf.dtype if path.endswith("scale") else dtype
-        read = partial(_read, checkpoint, path, leaf.shape, kind)
+        read = partial(_read, checkpoint, path, leaf.shape, jnp.dtype(kept_dtype(path, dtype)))
         arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
     return model, replace({COLLECTION: {}}, arrays)
 
