@@ -18,7 +18,6 @@ FLOPs.
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio, stepping
+from peanut_jax import hlo
 from peanut_jax.config import Config
 from peanut_jax.kernels import flatten, replace
 from peanut_jax.models.decoder import Decoder, variable_shapes
@@ -140,35 +140,26 @@ def make_step(method: str, loss_fn: Callable, config: Config, tx, accumulate: in
     return jax.jit(step, donate_argnums=0)
 
 
-def tweaker_dots_in_loops(hlo: str, rank: int, sides: set[int]) -> int:
+def tweaker_dots_in_loops(program: str, rank: int, sides: set[int]) -> int:
     """Dots in the bodies of while loops whose operands are a kernel and its r columns, so part of the tweaker.
 
     Such a dot has one operand with two kernel sides and gives [side, r] or [r, side]: no token axis.
     """
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", hlo))
-    called = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL))
-    reached, queue = set(), list(bodies)
-    while queue:
-        name = queue.pop()
-        if name not in reached and name in called:
-            reached.add(name)
-            queue += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", called[name])
-    count = 0
-    for name in reached:
-        for line in called[name].splitlines():
-            shape = re.search(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call)\(", line)
-            if shape and sorted(dims := [int(d) for d in shape[1].split(",") if d != "1"])[:1] == [rank]:
-                count += len(dims) == 2 and max(dims) in sides and _reads_kernel(line, called[name], sides)
-    return count
 
+    def gives_factor(made: hlo.Instruction) -> bool:
+        small, *rest = sorted(size for size in hlo.dims(made.shapes[0]) if size != 1) or [0]
+        return small == rank and len(rest) == 1 and rest[0] in sides
 
-def _reads_kernel(line: str, body: str, sides: set[int]) -> bool:
-    operands = re.findall(r"%([\w.\-]+)", line.split("(", 1)[1])
-    for operand in operands:
-        shape = re.search(rf"%{re.escape(operand)} = \w+\[([\d,]+)\]", body)
-        if shape and all(int(d) in sides for d in shape[1].split(",")):
-            return True
-    return False
+    def is_kernel(operand: hlo.Instruction) -> bool:
+        found = hlo.dims(operand.shapes[0])
+        return bool(found) and sides.issuperset(found)
+
+    return len({
+        run.instruction.name
+        for run in hlo.executions(program)
+        if run.loops and run.instruction.opcode in ("dot", "custom-call") and len(run.instruction.shapes) == 1
+        if gives_factor(run.instruction) and any(map(is_kernel, run.operands))
+    })  # fmt: skip
 
 
 def main() -> None:

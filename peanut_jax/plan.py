@@ -155,7 +155,8 @@ def plan(
     step = sharded_train_step(language_loss(model), tx, adapter, state, params, accumulate_steps=accumulate_steps)
     compiled = step.lower(state, params, batch).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None and memory is not None  # of a CPU they are known
+    assert text is not None  # of a CPU both are known
+    assert memory is not None
     half = 2 if dtype == "bfloat16" else 1
     return Plan(
         params=sum(_bytes(leaf, kept_dtype(path, dtype)) for path, leaf in flatten(params).items()),

@@ -18,7 +18,7 @@ from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh
 from peanut_jax.training import TrainState, leaf_name
 from train import tasks
 from train.config import Run
-from train.data import batch_shapes, batches, in_order
+from train.data import batch_shapes, batches, in_order, local_rows
 from train.distributed import is_first, on_first
 from train.recorder import Meter, Recorder, plot_curves, progress
 from train.run_folder import describe, note_resume, open_run, write_run
@@ -53,6 +53,7 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
     """
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(run.mesh)
+        local_rows(run.loop.batch_size // run.loop.accumulate_steps, batch_sharding(mesh))  # raises before all else
         on_first(lambda: stack.enter_context(open_run(folder, resume=resume)) and None)
         task = tasks.build(run.task, mesh, run.loop.seed)
         saved = {name: value for name, value in run.as_json().items() if name != "mesh"}
