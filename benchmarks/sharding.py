@@ -171,7 +171,8 @@ def cost(case: Case, adapter: Config, *, constrained: bool = True, dtype: str = 
     """What the train step takes on one device; see the head of this file for `dtype`."""
     compiled, state = compiled_step(case, adapter, constrained=constrained)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # of a CPU they are known
+    assert memory is not None  # of a CPU they are known
+    assert text is not None
     half = 2 if dtype == "bfloat16" else 1
     return Cost(
         params=_bytes(case.params) // half,

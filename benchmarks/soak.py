@@ -1,6 +1,6 @@
 """Kills a run at random times and resumes it until it is through: is the adapter that of the run left alone?
 
-    python -m benchmarks.soak --kills 20 --folder FOLDER -- configs/stories.py --set task.model=MODEL --set loop.steps=200
+    python -m benchmarks.soak --kills 20 --folder FOLDER -- configs/stories.py --set task.model=MODEL ...
 
 What follows `--` are arguments of `python -m train`, without --out and --resume. Checkpoints should be frequent
 (`--set loop.save_every=1`), so that kills fall within saves. A kill is SIGKILL, after a random number of steps and a

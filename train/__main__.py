@@ -5,6 +5,7 @@ python -m train configs/example.py --out runs/example --resume
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args = _parser().parse_args(argv)
+    logging.basicConfig(format="train: note: %(message)s", level=logging.WARNING)
     try:
         distributed.start(args.coordinator, args.processes, args.process_id, args.timeout)
         run = config.read(args.config, args.set)

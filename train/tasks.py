@@ -1,5 +1,6 @@
 """What is trained: a base on the mesh, its loss, and its data as rows."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from peanut_jax.training import LossFn
 from train.config import Classification, LanguageModelling
 from train.data import Row, Rows
 from train.packing import pack_row, plan_rows
+
+logger = logging.getLogger(__name__)
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 
@@ -64,7 +67,10 @@ def _language(task: LanguageModelling, mesh: Mesh) -> Task:
         return {"loss": total, "weight": weight}
 
     def rows(source: str) -> Rows:
-        return PackedRows(_table(source, [task.response, *([task.prompt] if task.prompt else [])]), task, tokenizer)
+        columns = [name for name in (task.prompt, task.response) if name]
+        table = _table(source, columns)
+        _check_text(table, source, columns)
+        return PackedRows(table, task, tokenizer)
 
     evaluation = rows(task.evaluation) if task.evaluation else None
     return Task(
@@ -91,7 +97,13 @@ class PackedRows:
         self._table = table.map(tokenise, batched=True, remove_columns=table.column_names, load_from_cache_file=False)
         self._length = task.seq_len
         sizes = [(len(prompt), len(response)) for prompt, response in zip(*self._columns(slice(None)), strict=True)]
-        self._plan = plan_rows(sizes, task.seq_len)
+        fit = [i for i, (prompt, _) in enumerate(sizes) if prompt < task.seq_len]
+        if not fit:
+            raise ValueError(f"every prompt has {task.seq_len} tokens or more (task.seq_len): no response is left")
+        if len(fit) < len(sizes):
+            left_out = len(sizes) - len(fit)
+            logger.warning("%d of %d examples are left out: no room after their prompts", left_out, len(sizes))
+        self._plan = [[fit[i] for i in row] for row in plan_rows([sizes[i] for i in fit], task.seq_len)]
 
     def _columns(self, index: Any) -> tuple[list[list[int]], list[list[int]]]:
         part = self._table[index]
@@ -126,8 +138,10 @@ def _classification(task: Classification, mesh: Mesh, seed: int) -> Task:
         return means.pop("loss"), {**means, "weight": weight}
 
     def rows(source: str) -> Rows:
-        columns = [task.text, task.label, *([task.text_pair] if task.text_pair else [])]
-        return TextRows(_table(source, columns), task, tokenizer)
+        texts = [name for name in (task.text, task.text_pair) if name]
+        table = _table(source, [*texts, task.label])
+        _check_text(table, source, texts)
+        return TextRows(table, task, tokenizer)
 
     evaluation = rows(task.evaluation) if task.evaluation else None
     return Task(params, loss_fn, terms, rows(task.train), evaluation, "examples", lambda batch: batch["labels"].size)
@@ -176,3 +190,9 @@ def _table(source: str, columns: list[str]) -> datasets.Dataset:
     if absent := [name for name in columns if name not in table.column_names]:
         raise ValueError(f"{source} has no column {absent[0]!r}, only {', '.join(table.column_names)}")
     return table.select_columns(columns)
+
+
+def _check_text(table: datasets.Dataset, source: str, columns: list[str]) -> None:
+    for name in columns:
+        if table.features[name].dtype not in ("string", "large_string"):
+            raise ValueError(f"column {name!r} of {source} must hold text, found {table.features[name].dtype}")

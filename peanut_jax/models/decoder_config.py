@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peanut_jax.models.hf_files import find, read_json
@@ -118,7 +119,7 @@ class DecoderConfig:
 
 
 def read_config(source: str, revision: str | None = None, **overrides: Any) -> DecoderConfig:
-    """The config of a folder or hub repository.
+    """The config of a folder, a hub repository or a file.
 
     Args:
         overrides: Fields of `DecoderConfig` to set, such as `remat="dots"`.
@@ -127,7 +128,7 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
         FileNotFoundError: no config.json.
         ValueError: as `from_hf`.
     """
-    path = find(source, "config.json", revision)
+    path = Path(source) if Path(source).is_file() else find(source, "config.json", revision)
     if path is None:
         raise FileNotFoundError(f"{source!r} has no config.json; give the folder of a Hugging Face checkpoint")
     try:

@@ -44,7 +44,7 @@ def _data(path: Path, rows: int, seed: int) -> None:
     for _ in range(rows):
         question = draw.choices(WORDS[:40], k=draw.randint(2, 5))
         answer = [WORDS[WORDS.index(word) + 40] for word in question]
-        lines.append(json.dumps({"question": " ".join(question), "answer": " ".join(answer)}))
+        lines.append(json.dumps({"question": " ".join(question), "answer": " ".join(answer), "number": 1}))
     path.write_text("\n".join(lines) + "\n")
 
 

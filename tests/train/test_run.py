@@ -294,8 +294,9 @@ def no_cluster(*args, **options):
         (["--set", "loop.best=accuracy"], "loop.best must be one of loss, got 'accuracy'"),
         (["--set", "optimizer.schedule=step"], "optimizer.schedule must be one of cosine, linear, constant"),
         (["--set", "task.train=absent.jsonl"], "there is no data file absent.jsonl"),
-        (["--set", "task.prompt=query"], "has no column 'query', only question, answer"),
-        (["--set", "task.seq_len=4"], "nothing of the response is left in a row of 4"),
+        (["--set", "task.prompt=number"], "column 'number' of"),
+        (["--set", "task.prompt=query"], "has no column 'query', only question, answer, number"),
+        (["--set", "task.seq_len=2"], "every prompt has 2 tokens or more"),
         (["--set", "task.evaluation=null", "--set", "loop.patience=2"], "loop.patience=2 needs task.evaluation"),
         (["--resume"], "holds no run to resume"),
         (["--process-id", "1"], "go together"),
@@ -325,6 +326,15 @@ def test_schedules(schedule):
     middle = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
     np.testing.assert_allclose(float(rate(8)), middle, rtol=1e-6)
     np.testing.assert_allclose(float(rate(12)), 2.0 if schedule == "constant" else 0.0, atol=1e-6)
+
+
+def test_examples_without_room_are_left_out(run, caplog):
+    """Of questions of 2 to 5 words, with the start token, those of 2 fit into rows of 4."""
+    task = dataclasses.replace(run.task, seq_len=4)
+    rows = loop.tasks.build(task, make_mesh("data=8"), 0).train
+    assert "examples are left out" in caplog.text
+    assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
+    assert 0 < len(rows) < 60
 
 
 def test_epochs():

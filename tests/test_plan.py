@@ -1,0 +1,122 @@
+"""Plans: the bytes of a step that runs, and a model that is larger than this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import transformers
+
+import peanut_jax as pj
+from peanut_jax import hlo
+from peanut_jax.cli import main
+from peanut_jax.models.decoder import Decoder, language_loss
+from peanut_jax.models.decoder_config import from_hf
+from peanut_jax.plan import CHIPS, Plan, plan
+from peanut_jax.sharding import batch_sharding, init_state, make_mesh, rules_for, shard, sharded_train_step
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=128,
+    tie_word_embeddings=False,
+).to_dict()  # fmt: skip
+LLAMA_70B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+ADAPTER = pj.PeanutConfig(r=4, depth=1, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_plan_is_what_the_real_step_takes(accumulate):
+    """The step on real arrays: the same temporaries, and the same bytes of all that goes in."""
+    mesh, config = make_mesh("data=2,fsdp=2,tensor=2"), from_hf(LLAMA)
+    found = plan(config, mesh, ADAPTER, batch_size=8, seq_len=16, dtype="float32", accumulate_steps=accumulate)
+    model = Decoder(config, jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    params = shard(params, mesh, rules_for("llama"))
+    tx = optax.adamw(1e-3)
+    state = init_state(jax.random.key(0), params, ADAPTER, tx)
+    step = sharded_train_step(language_loss(model), tx, ADAPTER, state, params, accumulate_steps=accumulate)
+    batch = {name: np.ones((8, 16), np.int32) for name in ("tokens", "labels", "segments")}
+    batch = jax.device_put({**batch, "weights": np.ones((8, 16), np.float32)}, batch_sharding(mesh))
+    compiled = step.lower(state, params, batch).compile()
+    memory = compiled.memory_analysis()
+    assert found.temporary == memory.temp_size_in_bytes
+    assert found.params + found.state + found.batch == memory.argument_size_in_bytes
+    assert found.trainable == pj.count(state.adapters)
+    assert list(found.collectives) == hlo.collectives(compiled.as_text())
+    compiled(state, params, batch)
+
+
+def test_bfloat16_halves_what_the_model_holds():
+    mesh = make_mesh("fsdp=8")
+    single, half = (
+        plan(from_hf(LLAMA), mesh, ADAPTER, batch_size=8, seq_len=16, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    norms = 5 * 64 * 4
+    assert half.params - norms == (single.params - norms) / 2
+    assert half.state == single.state
+    gathered = {name: one.traffic()["all-gather"] for name, one in (("single", single), ("half", half))}
+    assert gathered["half"] == gathered["single"] / 2
+
+
+def test_the_estimate_counts_links_and_nodes():
+    """A ring moves (g - 1) / g of an all-gather's result, twice that for an all-reduce, on one direction of a link."""
+
+    def seconds(kind, groups, chip):
+        one = hlo.Collective(kind, (), 7 * 10**9, 2, len(groups[0]), groups, "")
+        return Plan(0, 0, 0, 0, 0, (one,), 0).seconds(CHIPS[chip])
+
+    near, far = (tuple(range(4)),), ((0, 8, 16, 24),)
+    assert seconds("all-gather", near, "v5e") == pytest.approx(14e9 * 3 / 4 / 100e9 / 0.7)
+    assert seconds("all-reduce", near, "v5e") == pytest.approx(14e9 * 6 / 4 / 100e9 / 0.7)
+    assert seconds("all-gather", far, "v5e") == seconds("all-gather", near, "v5e")
+    assert seconds("all-gather", far, "h100") == pytest.approx(14e9 * 3 / 4 / 50e9 / 0.7)
+    assert Plan(0, 0, 0, 0, 10**15, (), 0).seconds(CHIPS["h100"]) == pytest.approx(1e15 / (989e12 * 0.5))
+
+
+def test_llama_70b_on_256_devices(tmp_path):
+    """In a process of its own, whose devices are not fixed yet."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    program = "import sys; from peanut_jax.cli import main; sys.exit(main())"
+    arguments = f"--config-json {tmp_path}/config.json --mesh data=4,fsdp=16,tensor=4 --batch 64 --seq 2048 --rank 32"
+    command = [sys.executable, "-c", program, "plan", *arguments.split(), "--chip", "v5e"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip("│ \n").split("│") for line in done.stdout.splitlines() if line.startswith("│"))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    # 80 layers, the head and the embedding, over 16 * 4 devices at two bytes.
+    per_layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    params = (80 * per_layer + 2 * 128256 * 8192) / 64 * 2 / 1e9
+    assert float(rows["parameters"].removesuffix(" GB")) == pytest.approx(params, rel=0.01)
+    assert rows["v5e (estimate)"].startswith("fits; ")
+    assert float(rows["activations and other temporaries"].removesuffix(" GB")) < 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "data=-1"], "give the size of every axis"),
+        (["--mesh", "data=3"], "this process has 8 devices already"),
+        (["--mesh", "data=8", "--batch", "4"], "a batch of 4 rows does not divide over 8 data shards"),
+        (["--mesh", "data=8", "--accumulate", "2"], "a batch of 8 rows does not divide over 8 data shards and 2"),
+        (["--mesh", "tensor=8", "--target-modules", "query"], "target"),
+        (["--mesh", "fsdp=8", "--config-json", "absent"], "absent"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, arguments, message):
+    assert jax.device_count() == 8  # looked at, so that they stay
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    defaults = {"--config-json": str(tmp_path), "--batch": "8", "--seq": "16"}
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert main(["plan", *(word for pair in {**defaults, **given}.items() for word in pair)]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
