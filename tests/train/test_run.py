@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
@@ -15,7 +17,7 @@ from peanut_jax.models.loading import load_decoder
 from peanut_jax.sharding import make_mesh
 from train import loop
 from train.__main__ import main
-from train.config import Loop, Optimizer, Run, read
+from train.config import Classification, Loop, Optimizer, Run, read
 from train.data import batches, in_order, local_rows
 from train.loop import Outcome, train
 from train.recorder import Recorder, read_metrics
@@ -335,6 +337,54 @@ def test_examples_without_room_are_left_out(run, caplog):
     assert "examples are left out" in caplog.text
     assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
     assert 0 < len(rows) < 60
+
+
+@pytest.fixture
+def classification(tiny, tmp_path):
+    """A tiny BERT on pairs of words that are equal or not."""
+    model = transformers.FlaxBertModel(
+        transformers.BertConfig(
+            vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=12,
+        ),
+        seed=0,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "bert", safe_serialization=True)
+    for file in (tiny / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "bert")
+    rows = [f"w{i % 7} w{i % 3}\t{int(i % 7 == i % 3)}" for i in range(42)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return Run(
+        task=Classification(
+            model=str(tmp_path / "bert"), train=str(tmp_path / "pairs.tsv"), evaluation=str(tmp_path / "pairs.tsv"),
+            max_tokens=8,
+        ),
+        adapter=pj.PeanutConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+        optimizer=Optimizer(learning_rate=0.01, schedule="constant"),
+        loop=Loop(steps=12, batch_size=16, accumulate_steps=2, best="accuracy", best_mode="max", eval_every=6),
+        mesh="data=4,fsdp=2",
+    )  # fmt: skip
+
+
+def test_a_classification_run(classification, tmp_path):
+    folder = tmp_path / "run"
+    assert train(classification, folder) == Outcome(12, 12, None)
+    evaluations = [row for row in read_metrics(folder) if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [6, 12]
+    assert evaluations[1]["eval/loss"] < 0.6
+    assert evaluations[1]["eval/accuracy"] * 42 == pytest.approx(round(evaluations[1]["eval/accuracy"] * 42))
+    assert any("classifier" in name for name in load_file(folder / ADAPTER))
+
+
+def test_labels_that_are_no_classes(classification, tmp_path):
+    (tmp_path / "pairs.tsv").write_text("sentence\tlabel\nw1 w2\t1\nw3 w4\t2\n")
+    with pytest.raises(ValueError, match=r"column 'label' must hold integers in 0\.\.1, found \[1, 2\]"):
+        train(classification, tmp_path / "run")
+
+
+def test_a_new_head_must_be_trained(classification):
+    with pytest.raises(ValueError, match=r"adapter\.task_type is None: the new head would stay as it was drawn"):
+        dataclasses.replace(classification, adapter=pj.PeanutConfig(r=4, target_modules=["query"]))
 
 
 def test_epochs():
