@@ -83,7 +83,8 @@ def main() -> None:
     whole, killed, cache = args.folder / "whole", args.folder / "killed", args.folder / "cache"
     if start(args.arguments, whole, cache).wait():
         raise SystemExit(f"the run left alone failed: see {whole}.log")
-    draw, records = random.Random(args.seed), []
+    draw = random.Random(args.seed)
+    records: list[dict] = []
     while len(records) < args.kills:
         record = kill_once(args.arguments, killed, cache, draw, args.most)
         if record is None:

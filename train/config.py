@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import optax
 
 from peanut_jax.config import Config
 from peanut_jax.models.decoder_config import REMAT_POLICIES
+from peanut_jax.sharding import Rules
 
 SCHEDULES = ("cosine", "linear", "constant")
 NONFINITE = ("stop", "skip")
@@ -30,6 +31,8 @@ class LanguageModelling:
         dtype: Of the base and the activations.
         remat: As `DecoderConfig.remat`.
     """
+
+    METRICS: ClassVar = ("loss",)
 
     model: str
     train: str
@@ -58,6 +61,8 @@ class Classification:
         max_tokens: Of an example; longer ones are cut.
         dtype: Of the base and the activations.
     """
+
+    METRICS: ClassVar = ("loss", "accuracy")
 
     model: str
     train: str
@@ -184,6 +189,7 @@ class Run:
 
     Attributes:
         mesh: As for `sharding.make_mesh`.
+        rules: How the base is cut, as for `sharding.param_shardings`; None takes the architecture's table.
     """
 
     task: LanguageModelling | Classification
@@ -191,6 +197,7 @@ class Run:
     loop: Loop
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: str = "data=-1"
+    rules: Rules | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.task, Classification) and not (self.adapter.task_type or self.adapter.modules_to_save):
@@ -198,6 +205,7 @@ class Run:
                 "adapter.task_type is None: the new head would stay as it was drawn. Set task_type='SEQ_CLS', or name "
                 "the head in modules_to_save"
             )
+        _check_choice("loop.best", self.loop.best, self.task.METRICS)
         if self.loop.patience is not None and not self.task.evaluation:
             raise ValueError(f"loop.patience={self.loop.patience} needs task.evaluation data")
 
@@ -205,6 +213,7 @@ class Run:
         """Every field, with the kinds of task and adapter, as JSON gives it back."""
         kinds = {"task": type(self.task).__name__, "adapter": type(self.adapter).__name__}
         content = dataclasses.asdict(self)
+        content["rules"] = self.rules and [[pattern, str(spec)] for pattern, spec in self.rules]
         return json.loads(json.dumps({**content, **{n: {"kind": kind, **content[n]} for n, kind in kinds.items()}}))
 
 

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 import peanut_jax as pj
 from peanut_jax.checkpoint import Checkpoints
-from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh, sharded_train_step
+from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh, mesh_of, sharded_train_step
 from peanut_jax.training import TrainState, leaf_name
 from train import tasks
 from train.config import Run
@@ -55,8 +56,9 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
         mesh = make_mesh(run.mesh)
         local_rows(run.loop.batch_size // run.loop.accumulate_steps, batch_sharding(mesh))  # raises before all else
         on_first(lambda: stack.enter_context(open_run(folder, resume=resume)) and None)
-        task = tasks.build(run.task, mesh, run.loop.seed)
-        saved = {name: value for name, value in run.as_json().items() if name != "mesh"}
+        task = tasks.build(run.task, mesh, run.rules, run.loop.seed)
+        # How it is cut may change from one resume to the next.
+        saved = {name: value for name, value in run.as_json().items() if name not in ("mesh", "rules")}
         about = {"config": saved, "base": pj.fingerprint(task.params, run.adapter)}
         best = run.loop.best if task.evaluation else None
         checkpoints = stack.enter_context(
@@ -76,23 +78,15 @@ def _fit(
     run: Run, task: tasks.Task, folder: Path, checkpoints: Checkpoints, stack: contextlib.ExitStack, resume: bool
 ) -> tuple[Outcome, TrainState]:
     loop, total = run.loop, run.loop.total(len(task.train))
-    tx = run.optimizer.transformation(total)
-    if loop.nonfinite == "skip":
-        tx = optax.apply_if_finite(tx, max_consecutive_errors=np.iinfo(np.int32).max)
+    tx = _optimizer(run, total)
     state = init_state(jax.random.key(loop.seed), task.params, run.adapter, tx)
     record: dict[str, Any] = {"best": None, "since_best": 0, "done": False}
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
-        first = int(state.step)
-        on_first(lambda: note_resume(folder, first))
-    sharding = batch_sharding(_mesh(task))
-    step_fn = sharded_train_step(
-        task.loss_fn, tx, run.adapter, state, task.params,
-        accumulate_steps=loop.accumulate_steps, max_grad_norm=run.optimizer.max_grad_norm,
-    )  # fmt: skip
-    shapes = batch_shapes(task.train, loop.batch_size, sharding)
-    compiled = step_fn.lower(state, task.params, shapes).compile()
-    evaluate = _evaluator(run, task)
+        on_first(lambda: note_resume(folder, int(state.step)))
+    sharding = batch_sharding(mesh_of(task.params))
+    compiled = _compiled(run, task, tx, state, sharding)
+    evaluate = _evaluator(run, task, sharding)
 
     start = int(state.step)
     recorder = stack.enter_context(Recorder(folder, resume_step=start)) if is_first() else None
@@ -127,17 +121,32 @@ def _fit(
     return Outcome(step, total, signal_name), state
 
 
-def _mesh(task: tasks.Task) -> Any:
-    return jax.tree.leaves(task.params)[0].sharding.mesh
+def _optimizer(run: Run, total: int) -> optax.GradientTransformation:
+    tx = run.optimizer.transformation(total)
+    if run.loop.nonfinite == "skip":
+        # The loop counts them itself, in `_Watch`.
+        return optax.apply_if_finite(tx, max_consecutive_errors=np.iinfo(np.int32).max)
+    return tx
 
 
-def _evaluator(run: Run, task: tasks.Task) -> Callable[[TrainState], dict[str, float]] | None:
+def _compiled(
+    run: Run, task: tasks.Task, tx: optax.GradientTransformation, state: TrainState, sharding: NamedSharding
+) -> jax.stages.Compiled:
+    """The train step, compiled before the first batch is there."""
+    step = sharded_train_step(
+        task.loss_fn, tx, run.adapter, state, task.params,
+        accumulate_steps=run.loop.accumulate_steps, max_grad_norm=run.optimizer.max_grad_norm,
+    )  # fmt: skip
+    return step.lower(state, task.params, batch_shapes(task.train, run.loop.batch_size, sharding)).compile()
+
+
+def _evaluator(run: Run, task: tasks.Task, sharding: NamedSharding) -> Callable[[TrainState], dict[str, float]] | None:
     """state -> the means over the evaluation data."""
     if task.evaluation is None:
         return None
-    rows, size, sharding = task.evaluation, run.loop.batch_size, batch_sharding(_mesh(task))
-    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    sums = jax.jit(pj.adapt(constrain(task.sums, task.params), run.adapter), out_shardings=replicated)
+    rows, size = task.evaluation, run.loop.batch_size
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    sums = jax.jit(pj.adapt(constrain(task.sums, task.params), run.adapter), out_shardings=everywhere)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         parts = [
@@ -145,8 +154,6 @@ def _evaluator(run: Run, task: tasks.Task) -> Callable[[TrainState], dict[str, f
         ]
         totals = jax.tree.map(lambda *values: float(np.sum(jax.device_get(values), dtype=np.float64)), *parts)
         weight = totals.pop("weight")
-        if run.loop.best not in totals:
-            raise ValueError(f"loop.best must be one of {', '.join(totals)}, got {run.loop.best!r}")
         return {name: value / weight for name, value in totals.items()}
 
     return evaluate

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from peanut_jax.models import hf
 from peanut_jax.models.decoder import language_loss, summed_loss
 from peanut_jax.models.loading import load_decoder
-from peanut_jax.sharding import rules_for, shard
+from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.training import LossFn
 from train.config import Classification, LanguageModelling
 from train.data import Row, Rows
@@ -49,17 +49,23 @@ class Task(NamedTuple):
     count: Callable[[Any], int]
 
 
-def build(task: LanguageModelling | Classification, mesh: Mesh, seed: int) -> Task:
+def build(task: LanguageModelling | Classification, mesh: Mesh, rules: Rules | None, seed: int) -> Task:
     """Loads the base onto the mesh and opens the data.
+
+    Args:
+        rules: None takes the architecture's table.
+        seed: Of a new head.
 
     Raises:
         FileNotFoundError, ValueError: a model or data that is missing or does not fit, by name.
     """
-    return _language(task, mesh) if isinstance(task, LanguageModelling) else _classification(task, mesh, seed)
+    if isinstance(task, LanguageModelling):
+        return _language(task, mesh, rules)
+    return _classification(task, mesh, rules, seed)
 
 
-def _language(task: LanguageModelling, mesh: Mesh) -> Task:
-    model, params = load_decoder(task.model, task.dtype, mesh, remat=task.remat)
+def _language(task: LanguageModelling, mesh: Mesh, rules: Rules | None) -> Task:
+    model, params = load_decoder(task.model, task.dtype, mesh, rules, remat=task.remat)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
 
     def sums(params: PyTree, batch: Any) -> dict[str, jax.Array]:
@@ -117,11 +123,11 @@ class PackedRows:
         return pack_row(members, self._length)
 
 
-def _classification(task: Classification, mesh: Mesh, seed: int) -> Task:
+def _classification(task: Classification, mesh: Mesh, rules: Rules | None, seed: int) -> Task:
     model, params = hf.load(
         task.model, "sequence-classification", dtype=jnp.dtype(task.dtype), seed=seed, num_labels=task.num_labels
     )
-    params = shard(params, mesh, rules_for(model.config.model_type))
+    params = shard(params, mesh, rules_for(model.config.model_type) if rules is None else rules)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
 
     def terms(params: PyTree, batch: Any, **options: Any) -> dict[str, jax.Array]:

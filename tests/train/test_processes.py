@@ -24,9 +24,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(tiny, out, *arguments, devices=1):
+def start(tiny, out, *arguments, devices=1, environment=None):
     environment = {
         **os.environ,
+        **(environment or {}),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
     }
@@ -160,3 +161,25 @@ def test_a_run_killed_within_a_save_goes_on_exactly(tiny, tmp_path):
         np.testing.assert_array_equal(got[name].view(np.uint32), tensor.view(np.uint32))
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").open()]
     assert steps == list(range(1, 31))
+
+
+def test_processes_that_slurm_started(tiny, alone, tmp_path):
+    """Found from SLURM's environment alone, without an argument."""
+    out = tmp_path / "run"
+    job = str(int(time.time() * 1000) % 4000)  # JAX derives the coordinator's port from it
+    running = [
+        start(
+            tiny, out, "--set", "mesh=data=2,fsdp=2", devices=2,
+            environment={
+                "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i),
+            },
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    ended = finish(running)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+    got, want = load_file(out / ADAPTER), load_file(alone / ADAPTER)
+    for name, tensor in want.items():
+        assert np.linalg.norm(got[name] - tensor) <= 1e-5 * np.linalg.norm(tensor), name

@@ -67,7 +67,7 @@ def test_what_a_run_leaves(run, whole, tiny):
     assert (config.r, config.depth) == (4, 1)
     # The evaluation of the loop is the loss of the merged model over the whole file.
     merged = pj.merge(params, adapters, config)
-    rows = loop.tasks.build(run.task, make_mesh("data=8"), 0).evaluation
+    rows = loop.tasks.build(run.task, make_mesh("data=8"), None, 0).evaluation
     packed = [rows[i] for i in range(len(rows))]
     total, weight = model.apply(
         merged, *(np.stack([row[name] for row in packed]) for name in ("tokens", "labels", "weights")),
@@ -121,12 +121,15 @@ def test_a_signal_saves_and_a_resume_is_exact(run, whole, tmp_path, signalled, m
 
 
 def test_a_resume_on_another_mesh(run, whole, tmp_path, signalled, monkeypatch):
-    """Saved on eight data devices, resumed on fsdp and tensor axes."""
+    """Saved on eight data devices, resumed on three axes, with rules of the config's own."""
     signalled(4)
     folder = tmp_path / "run"
     train(run, folder)
     monkeypatch.undo()
-    train(changed(run, mesh="data=2,fsdp=2,tensor=2"), folder, resume=True)
+    other = changed(
+        run, mesh="data=2,fsdp=2,tensor=2", rules=((r".*q_proj/kernel", jax.P(None, "tensor")), (".*", jax.P()))
+    )
+    train(other, folder, resume=True)
     want = load_file(whole / ADAPTER)
     for name, tensor in load_file(folder / ADAPTER).items():
         assert np.linalg.norm(tensor - want[name]) <= 1e-5 * np.linalg.norm(want[name]), name
@@ -333,7 +336,7 @@ def test_schedules(schedule):
 def test_examples_without_room_are_left_out(run, caplog):
     """Of questions of 2 to 5 words, with the start token, those of 2 fit into rows of 4."""
     task = dataclasses.replace(run.task, seq_len=4)
-    rows = loop.tasks.build(task, make_mesh("data=8"), 0).train
+    rows = loop.tasks.build(task, make_mesh("data=8"), None, 0).train
     assert "examples are left out" in caplog.text
     assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
     assert 0 < len(rows) < 60
