@@ -56,7 +56,7 @@ from peanut_jax.sharding import (
 )
 from peanut_jax.training import LossFn, make_train_step
 
-# Those whose kernels the sharding tables cut in either direction: down_proj's rows are on `tensor`.
+# With down_proj, whose rows are on `tensor`, kernels of both cuts.
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "roberta": ["query", "value"]}
 OWNERS = ("model", "tweaker", "optimizer")
 # A scope around the loss: what lies in it is the model's. A constraint stands outside it.
@@ -138,7 +138,8 @@ def roberta(config: RobertaConfig, mesh: Mesh, batch: int, seq: int) -> Case:
 def placed(shapes: PyTree, mesh: Mesh, rules: Any) -> PyTree:
     """The shapes of parameters, with the shardings of the rules."""
     shardings = param_shardings(shapes, mesh, rules)
-    return replace(shapes, {path: _on(leaf, shardings[path]) for path, leaf in flatten(shapes).items()})
+    abstract: dict[str, Any] = {path: _on(leaf, shardings[path]) for path, leaf in flatten(shapes).items()}
+    return replace(shapes, abstract)
 
 
 def compiled_step(case: Case, adapter: Config, *, constrained: bool = True) -> tuple[jax.stages.Compiled, Any]:
