@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MB = 1e6
@@ -20,9 +20,17 @@ def measure(work: Callable[[], object]) -> None:
 
 def in_own_process(module: str, *arguments: str) -> dict:
     """The figures of `python -m module arguments`, which calls `measure`."""
-    command = [sys.executable, "-m", module, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return in_own_processes(module, [arguments])[0]
+
+
+def in_own_processes(module: str, arguments: Sequence[Sequence[str]]) -> list[dict]:
+    """The figures of several such processes that run at the same time."""
+    commands = [[sys.executable, "-m", module, *own] for own in arguments]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{module} failed")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def _status_mb(field: str) -> float:

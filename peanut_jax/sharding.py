@@ -10,7 +10,7 @@ activations from the kernels that make them.
     left  [d_in, r], right [r, d_out]           (p_in, None), (None, p_out)
 
 The rows of W0 are independent, so that with a row-sharded kernel W0 @ A needs no collective, and with a column-sharded
-one a single all-reduce of [d_in, r].
+one a single all-reduce of [d_in, r]. A's gradient is the other way round, and so is the input orientation.
 """
 
 import math
