@@ -41,18 +41,19 @@ from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 import peanut_jax as pj
 from peanut_jax import hlo
 from peanut_jax.config import ORIENTATIONS, Config
-from peanut_jax.kernels import flatten, replace
-from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
+from peanut_jax.models.decoder import CHUNK, Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, from_hf
+from peanut_jax.plan import device_bytes
 from peanut_jax.sharding import (
     batch_sharding,
+    batch_shards,
     make_mesh,
     mesh_of,
     mesh_sizes,
-    param_shardings,
     rules_for,
+    shard,
     sharded_train_step,
-    state_shardings,
+    state_shapes,
 )
 from peanut_jax.training import LossFn, make_train_step
 
@@ -119,8 +120,9 @@ def llama(config: DecoderConfig, mesh: Mesh, batch: int, seq: int) -> Case:
     model = Decoder(config, jnp.dtype("float32"))
     names = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32"}
     rules = rules_for(config.model_type, scan_layers=config.scan_layers)
-    params = placed(variable_shapes(model), mesh, rules)
-    return Case(language_loss(model), params, _batch(names, (batch, seq), mesh), TARGETS["llama"])
+    params = shard(variable_shapes(model), mesh, rules)
+    loss_fn = language_loss(model, CHUNK * batch_shards(mesh))
+    return Case(loss_fn, params, _batch(names, (batch, seq), mesh), TARGETS["llama"])
 
 
 def roberta(config: RobertaConfig, mesh: Mesh, batch: int, seq: int) -> Case:
@@ -131,15 +133,8 @@ def roberta(config: RobertaConfig, mesh: Mesh, batch: int, seq: int) -> Case:
         logits = model(batch["tokens"], params=params, dropout_rng=key, train=True).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 0] % config.num_labels).mean()
 
-    params = placed(model.params_shape_tree, mesh, rules_for("roberta"))
+    params = shard(model.params_shape_tree, mesh, rules_for("roberta"))
     return Case(loss_fn, params, _batch({"tokens": "int32"}, (batch, seq), mesh), TARGETS["roberta"])
-
-
-def placed(shapes: PyTree, mesh: Mesh, rules: Any) -> PyTree:
-    """The shapes of parameters, with the shardings of the rules."""
-    shardings = param_shardings(shapes, mesh, rules)
-    abstract: dict[str, Any] = {path: _on(leaf, shardings[path]) for path, leaf in flatten(shapes).items()}
-    return replace(shapes, abstract)
 
 
 def compiled_step(case: Case, adapter: Config, *, constrained: bool = True) -> tuple[jax.stages.Compiled, Any]:
@@ -150,19 +145,15 @@ def compiled_step(case: Case, adapter: Config, *, constrained: bool = True) -> t
     """
     tx = optax.adamw(1e-3)
 
-    def create(key, params):
-        return pj.TrainState.create(pj.init(key, params, adapter), tx, key)
-
     def loss_fn(params, batch, key):
         with jax.named_scope(_SCOPE):
             return case.loss_fn(params, batch, key)
 
-    state = jax.eval_shape(create, jax.eval_shape(jax.random.key, 0), case.params)
-    shardings = state_shardings(state, case.params, adapter)
-    state = jax.tree.map(_on, state, shardings)
+    state = state_shapes(case.params, adapter, tx)
     if constrained:
         step: Any = sharded_train_step(loss_fn, tx, adapter, state, case.params)
     else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out = shardings, NamedSharding(mesh_of(case.params), PartitionSpec())
         step = jax.jit(make_train_step(loss_fn, tx, adapter), donate_argnums=0, out_shardings=out)
     return step.lower(state, case.params, case.batch).compile(), state
@@ -176,8 +167,8 @@ def cost(case: Case, adapter: Config, *, constrained: bool = True, dtype: str = 
     assert text is not None
     half = 2 if dtype == "bfloat16" else 1
     return Cost(
-        params=_bytes(case.params) // half,
-        state=_bytes(state),
+        params=device_bytes(case.params) // half,
+        state=device_bytes(state),
         temporary=memory.temp_size_in_bytes // half,
         moves=tuple(
             dataclasses.replace(move, bytes=move.bytes // (half if move.owner == "model" else 1))
@@ -239,16 +230,7 @@ def summary(found: Cost) -> dict[str, Any]:
 
 
 def _batch(names: Mapping[str, str], shape: tuple[int, int], mesh: Mesh) -> PyTree:
-    return {name: _on(jax.ShapeDtypeStruct(shape, kind), batch_sharding(mesh)) for name, kind in names.items()}
-
-
-def _on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _bytes(tree: PyTree) -> int:
-    """Of one device's shards."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for name, kind in names.items()}
 
 
 def _case(args: argparse.Namespace, mesh: Mesh) -> Case:

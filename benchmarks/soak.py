@@ -63,6 +63,8 @@ def kill_once(arguments: list[str], out: Path, cache: Path, draw: random.Random,
     code = process.wait()
     if code == 0:
         return None
+    if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
+        raise SystemExit(f"the run ended by itself, with {code}: see {out}.log")
     half = [path.name for path in (out / "checkpoints").glob("*tmp*")]
     saved = saved_steps(out)
     return {

@@ -15,6 +15,8 @@ from peanut_jax.config import Config, LoraConfig, PeanutConfig
 from peanut_jax.kernels import Axes, Kernel, Leaf, flatten, replace
 from peanut_jax.targets import Target, saved_paths, select
 
+NOT_FINITE = "the base kernel holds a NaN or an infinity: {paths}"
+
 Adapters = dict[str, tweaker.Theta | Array]
 FactorTree = dict[str, tweaker.Factors]
 
@@ -42,7 +44,7 @@ def init(key: PRNGKeyArray, params: PyTree, config: Config, axes: Axes | None = 
     """
     flat = flatten(params)
     targets = select(params, config, axes)
-    _check_finite({path: flat[path] for path in targets}, "the base kernel holds a NaN or an infinity: {paths}")
+    check_finite({path: flat[path] for path in targets}, NOT_FINITE)
     adapters: Adapters = {}
     for path, target in targets.items():
         zero_b = config.init_weights if isinstance(config, PeanutConfig) else True
@@ -112,7 +114,7 @@ def merge(params: PyTree, adapters: Adapters, config: Config) -> PyTree:
             update = tweaker.delta(*_scattered_pair(adapters[path], flat[path], target, config))
             total = flat[path].astype(jnp.float32) + target.kernel.stored(update)
             merged[path] = total.astype(flat[path].dtype)
-    _check_finite(merged, "NaNs detected in the merged weights; the adapter or the base is broken at {paths}")
+    check_finite(merged, "NaNs detected in the merged weights; the adapter or the base is broken at {paths}")
     return replace(params, {**merged, **saved(adapters)})
 
 
@@ -205,7 +207,7 @@ def _scatter(side: Array, rows: tuple[int, ...], layers: int) -> Array:
     return jnp.zeros((layers, *side.shape[1:]), side.dtype).at[jnp.array(rows)].set(side)
 
 
-def _check_finite(arrays: Mapping[str, Leaf], message: str) -> None:
+def check_finite(arrays: Mapping[str, Leaf], message: str) -> None:
     """Raises for concrete arrays that are not finite; tracers and abstract shapes have no values to check."""
     known = (jax.Array, np.ndarray)
     concrete = {p: a for p, a in arrays.items() if isinstance(a, known) and not isinstance(a, jax.core.Tracer)}

@@ -5,7 +5,6 @@ checksum of every leaf: a damaged checkpoint is told from a whole one, and from 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -16,26 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
-from jax import lax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree, UInt32
 
+from peanut_jax.checkpoint_files import (
+    ABSENT,
+    ARRAYS,
+    NOTE,
+    UNREADABLE,
+    check_leaves,
+    descriptions,
+    host_copy,
+    named,
+    placed,
+    read_arrays,
+    read_note,
+    sealed,
+)
 from peanut_jax.interop.files import write_text
-from peanut_jax.interop.fingerprint import _SEEDS, _weights
 from peanut_jax.training import TrainState
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "about.json"
-_ARRAYS, _NOTE = "state", "note"
-_ABSENT = "(absent)"
-# What damaged files were seen to raise in the parsers of orbax, tensorstore and json: one flipped byte of a JSON file
-# can rename a key or change a type.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError)
 
 
 class Checkpoints:
@@ -109,20 +112,20 @@ class Checkpoints:
             return
         if latest is not None and step < latest:
             raise ValueError(f"{self.folder} holds step {latest}, newer than step {step}; save to another folder")
-        leaves = _named(state)
-        note = _sealed(
+        leaves = named(state)
+        note = sealed(
             {
-                "leaves": _descriptions(leaves),
+                "leaves": descriptions(leaves),
                 "record": _plain(record, "record"),
                 "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
             }
         )
         with self._reporting("save in"):
             self._write_about()
-            arrays = ocp.args.PyTreeSave({name: _copy(leaf) for name, leaf in leaves.items()})
+            arrays = ocp.args.PyTreeSave({name: host_copy(leaf) for name, leaf in leaves.items()})
             self._keep.scores[step] = self._score(note)
             self._manager.save(
-                step, args=ocp.args.Composite(**{_ARRAYS: arrays, _NOTE: ocp.args.JsonSave(note)}), force=True
+                step, args=ocp.args.Composite(**{ARRAYS: arrays, NOTE: ocp.args.JsonSave(note)}), force=True
             )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -195,11 +198,11 @@ class Checkpoints:
         steps = _of_first_process(steps)
         damaged: dict[int, str] = {}
         for step in steps:
-            found, cause = self._read(step, _named(like))
+            found, cause = self._read(step, named(like))
             if _everywhere(found is not None):
                 self._set_aside(damaged, step)
                 arrays, record = found  # type: ignore[misc]
-                return _placed(arrays, like), record
+                return placed(arrays, like), record
             damaged[step] = cause or "another process cannot read it"
         if steps:
             causes = "; ".join(f"{step}: {cause}" for step, cause in damaged.items())
@@ -210,13 +213,13 @@ class Checkpoints:
         """Arrays and record of a step, or None and why it is damaged. No process waits for another in here."""
         path = self.folder / str(step)
         try:
-            note = _read_note(path)
-        except _UNREADABLE as error:
+            note = read_note(path)
+        except UNREADABLE as error:
             return None, _one_line(error)
-        _check_leaves(note["leaves"], like, path)
+        check_leaves(note["leaves"], like, path)
         try:
-            return (_read_arrays(path, note["leaves"]), note["record"]), ""
-        except _UNREADABLE as error:
+            return (read_arrays(path, note["leaves"]), note["record"]), ""
+        except UNREADABLE as error:
             return None, _one_line(error)
 
     def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
@@ -236,8 +239,8 @@ class Checkpoints:
     def _load_scores(self) -> None:
         for step in self._manager.all_steps():
             # A damaged note has no score; `restore` is where it is reported.
-            with contextlib.suppress(*_UNREADABLE):
-                self._keep.scores[step] = self._score(_read_note(self.folder / str(step)))
+            with contextlib.suppress(*UNREADABLE):
+                self._keep.scores[step] = self._score(read_note(self.folder / str(step)))
 
     def _score(self, note: Mapping[str, Any]) -> float | None:
         value = (note["metrics"] or {}).get(self._best)
@@ -251,7 +254,7 @@ class Checkpoints:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); restore it or use another folder") from error
-        different = list(_differences(saved, self._about))
+        different = list(differences(saved, self._about))
         if different:
             raise ValueError(f"{self.folder} holds checkpoints of another run (there, here): " + "; ".join(different))
 
@@ -293,129 +296,6 @@ class _Keep:
         return [step in kept for step in steps]
 
 
-@jax.jit
-def digest(leaf: Array) -> UInt32[Array, "2"]:
-    """Two sums modulo 2^32 of an array's bits, weighted by position: the same for every sharding and machine."""
-    bits = _bits(leaf)
-    sums = []
-    for seed in _SEEDS:
-        terms = bits
-        for axis, size in enumerate(bits.shape):
-            weights = _weights(size, seed * (2 * axis + 1))
-            terms = terms * lax.broadcast_in_dim(weights, bits.shape, (axis,))
-        sums.append(terms.sum(dtype=jnp.uint32))
-    return jnp.stack(sums)
-
-
-def _bits(leaf: Array) -> Array:
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.uint32)
-    # 64-bit values have no integers to go to without jax_enable_x64; they become pairs.
-    size = min(leaf.dtype.itemsize, 4)
-    return lax.bitcast_convert_type(leaf, f"uint{8 * size}").astype(jnp.uint32)
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    """Path -> leaf. Orbax is given this and not the tree, so that no container type depends on how it stores one."""
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for name, leaf in leaves.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise ValueError(f"leaf {name} of the state must be an array, got {type(leaf).__name__}")
-    return leaves
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _impl(leaf: Any) -> Any:
-    """The implementation of a typed PRNG key, which `key_impl` tells of an array alone."""
-    return jax.random.key_impl(jnp.empty(0, leaf.dtype))
-
-
-def _raw(leaf: Any) -> Any:
-    """The integers of a typed PRNG key; any other leaf itself."""
-    if not _is_key(leaf):
-        return leaf
-    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(jax.random.key_data, leaf)
-
-
-def _copy(leaf: Any) -> Any:
-    """What orbax is given: an array over several processes as it is, any other as a copy in host memory."""
-    raw = _raw(leaf)
-    return np.array(raw) if getattr(raw, "is_fully_addressable", True) else raw
-
-
-def _description(leaf: Any) -> dict[str, Any]:
-    raw = _raw(leaf)
-    kind = {"key": str(leaf.dtype)} if _is_key(leaf) else {}
-    return {"shape": list(raw.shape), "dtype": str(raw.dtype), **kind}
-
-
-def _descriptions(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksum of every leaf."""
-    digests = jax.device_get({name: digest(_raw(leaf)) for name, leaf in leaves.items()})
-    return {name: {**_description(leaf), "checksum": digests[name].tolist()} for name, leaf in leaves.items()}
-
-
-def _check_leaves(saved: Mapping[str, dict], like: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError unless the leaves are those of `like`, in name, shape and dtype."""
-    here = {name: _description(leaf) for name, leaf in like.items()}
-    there = {name: {k: v for k, v in leaf.items() if k != "checksum"} for name, leaf in saved.items()}
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if names:
-        more = f" (and {len(names) - 1} more leaves differ)" if len(names) > 1 else ""
-        raise ValueError(
-            f"checkpoint {path} is of another state: leaf {names[0]} is {_brief(there.get(names[0]))} there and "
-            f"{_brief(here.get(names[0]))} here{more}"
-        )
-
-
-def _brief(leaf: Mapping[str, Any] | None) -> str:
-    return _ABSENT if leaf is None else f"{leaf.get('key', leaf['dtype'])}{leaf['shape']}"
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    note = ocp.JsonCheckpointHandler().restore(epath.Path(path / _NOTE))
-    content = {name: value for name, value in note.items() if name != "sha256"}
-    if _sealed(content) != note:
-        raise ValueError(f"the checksum of {path / _NOTE} does not fit")
-    return content
-
-
-def _sealed(note: Mapping[str, Any]) -> dict[str, Any]:
-    """The note with the checksum of its text."""
-    return {**note, "sha256": hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()}
-
-
-def _read_arrays(path: Path, leaves: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """The leaves as numpy arrays, read by this process alone, each compared with its checksum."""
-    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves}
-    args = ocp.args.PyTreeRestore(item=dict.fromkeys(leaves, 0), restore_args=as_numpy)
-    arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(path / _ARRAYS), args=args)
-    digests = jax.device_get({name: digest(array) for name, array in arrays.items()})
-    for name, leaf in leaves.items():
-        found = {**_description(arrays[name]), "checksum": digests[name].tolist()}
-        if any(leaf[field] != value for field, value in found.items()):
-            raise ValueError(f"the checksum of leaf {name} does not fit")
-    return arrays
-
-
-def _placed(arrays: Mapping[str, np.ndarray], like: TrainState) -> TrainState:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _place(arrays[jax.tree_util.keystr(path)], leaf), like)
-
-
-def _place(array: np.ndarray, like: Any) -> Array:
-    """The array with the sharding of `like`; on the default device, uncommitted, where it has none of its own."""
-    raw = _raw(like)
-    sharding = getattr(raw, "sharding", None) if getattr(raw, "committed", True) else None
-    if sharding is None:
-        placed = jnp.array(array)
-    else:
-        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    return jax.random.wrap_key_data(placed, impl=_impl(like)) if _is_key(like) else placed
-
-
 def _everywhere(intact: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(intact))))
 
@@ -435,8 +315,8 @@ def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
         raise ValueError(f"{what} must be a mapping for JSON: {error}") from error
 
 
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """`dotted.path: value there, value here` for each field that differs, a fingerprint being one field."""
+def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """`dotted.path: value there, value here` for each field of two JSON values that differs; a fingerprint is one."""
     if there == here:
         return
     if not (isinstance(there, dict) and isinstance(here, dict)):
@@ -447,7 +327,7 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
     else:
         for name in {**there, **here}:
             dotted = f"{path}.{name}" if path else name
-            yield from _differences(there.get(name, _ABSENT), here.get(name, _ABSENT), dotted)
+            yield from differences(there.get(name, ABSENT), here.get(name, ABSENT), dotted)
 
 
 def _is_fingerprint(value: Mapping[str, Any]) -> bool:
@@ -455,7 +335,7 @@ def _is_fingerprint(value: Mapping[str, Any]) -> bool:
 
 
 def _short(value: Any, limit: int = 80) -> str:
-    text = value if value == _ABSENT else json.dumps(value)
+    text = value if value == ABSENT else json.dumps(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

@@ -14,17 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from peanut_jax import hlo
-from peanut_jax.adapters import init
 from peanut_jax.config import Config
 from peanut_jax.kernels import flatten, replace
-from peanut_jax.models.decoder import Decoder, kept_dtype, language_loss, variable_shapes
+from peanut_jax.models.decoder import CHUNK, Decoder, kept_dtype, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig
-from peanut_jax.sharding import batch_sharding, param_shardings, rules_for, sharded_train_step, state_shardings
-from peanut_jax.training import TrainState
+from peanut_jax.sharding import (
+    batch_sharding,
+    batch_shards,
+    check_batch,
+    rules_for,
+    shard,
+    sharded_train_step,
+    state_shapes,
+)
 
 # What a well-tuned step reaches of a chip's peak rates; for the time estimate alone.
 COMPUTE_SHARE, LINK_SHARE = 0.5, 0.7
@@ -37,8 +43,8 @@ class Chip:
     Attributes:
         flops: bfloat16 FLOP/s, dense.
         memory: Bytes.
-        link: Bytes/s to the devices of its pod or node, both directions together.
-        network: Bytes/s to devices of another node.
+        link: Bytes/s that it sends around a ring in its pod or node: one direction, and of a TPU along one axis.
+        network: Bytes/s that it sends to another node.
         node: Devices of a node; 0 where all are linked alike (a TPU pod).
     """
 
@@ -49,15 +55,16 @@ class Chip:
     node: int = 0
 
 
-# Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e system architecture); NVIDIA's data sheets of A100 80 GB, H100 and
-# H200 SXM; a 400 Gb/s (A100: 200 Gb/s) network port a GPU, as in DGX systems.
+# Sources: cloud.google.com/tpu/docs, v5e, v5p and v6e: FLOP/s, memory, and the rate of a chip's links, of which a ring
+# along one axis takes 2 of 4 (v5e, v6e) or 2 of 6 (v5p). NVIDIA's data sheets of A100 80 GB, H100 and H200 SXM (NVLink
+# in one direction), with a port of 400 Gb/s (A100: 200) for each GPU, as in DGX systems.
 CHIPS: Mapping[str, Chip] = {
-    "v5e": Chip(197e12, 16e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 448e9),
-    "a100": Chip(312e12, 80e9, 600e9, 25e9, 8),
-    "h100": Chip(989e12, 80e9, 900e9, 50e9, 8),
-    "h200": Chip(989e12, 141e9, 900e9, 50e9, 8),
+    "v5e": Chip(197e12, 16e9, 100e9),
+    "v5p": Chip(459e12, 95e9, 200e9),
+    "v6e": Chip(918e12, 32e9, 224e9),
+    "a100": Chip(312e12, 80e9, 300e9, 25e9, 8),
+    "h100": Chip(989e12, 80e9, 450e9, 50e9, 8),
+    "h200": Chip(989e12, 141e9, 450e9, 50e9, 8),
 }
 
 
@@ -104,9 +111,14 @@ class Plan:
 def _link_seconds(one: hlo.Collective, chip: Chip) -> float:
     share = (one.group_size - 1) / one.group_size
     sent = one.bytes * one.times * {"all-reduce": 2 * share, "collective-permute": 1}.get(one.kind, share)
-    crosses = chip.node and any(len({device // chip.node for device in group}) > 1 for group in one.groups)
-    # A direction carries half of a link's rate.
-    return sent / (chip.network if crosses else chip.link / 2) / LINK_SHARE
+    return sent / min(_rate(group, chip) for group in one.groups) / LINK_SHARE
+
+
+def _rate(group: tuple[int, ...], chip: Chip) -> float:
+    """Bytes/s of a ring over a group; between nodes its members in a node share their ports."""
+    nodes = [device // chip.node for device in group] if chip.node else [0]
+    together = min(nodes.count(node) for node in nodes)
+    return chip.link if len(set(nodes)) == 1 else min(chip.link, chip.network * together)
 
 
 def plan(
@@ -133,35 +145,30 @@ def plan(
     """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype!r}")
-    shards = math.prod(mesh.shape[name] for name in batch_sharding(mesh).spec[0])
-    if batch_size < 1 or seq_len < 1 or batch_size % (shards * accumulate_steps):
-        raise ValueError(
-            f"a batch of {batch_size} rows does not divide over {shards} data shards and {accumulate_steps} "
-            "microbatches"
-        )
+    if accumulate_steps < 1 or seq_len < 1:
+        raise ValueError(f"seq_len and accumulate_steps must be at least 1, got {seq_len} and {accumulate_steps}")
+    check_batch(batch_size, mesh, accumulate_steps)
     model = Decoder(config, jnp.dtype("float32"))
-    params = _placed(variable_shapes(model), mesh, config)
+    rules = rules_for(config.model_type, scan_layers=config.scan_layers)
+    params = shard(variable_shapes(model), mesh, rules)
     tx = optax.adamw(1e-3)
-
-    def create(key, params):
-        return TrainState.create(init(key, params, adapter), tx, key)
-
-    state = jax.eval_shape(create, jax.eval_shape(jax.random.key, 0), params)
-    state = jax.tree.map(_on, state, state_shardings(state, params, adapter))
+    state = state_shapes(params, adapter, tx)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, seq_len), kind, sharding=batch_sharding(mesh))
         for name, kind in (("tokens", "int32"), ("labels", "int32"), ("weights", "float32"), ("segments", "int32"))
     }
-    step = sharded_train_step(language_loss(model), tx, adapter, state, params, accumulate_steps=accumulate_steps)
+    loss_fn = language_loss(model, CHUNK * batch_shards(mesh))
+    step = sharded_train_step(loss_fn, tx, adapter, state, params, accumulate_steps=accumulate_steps)
     compiled = step.lower(state, params, batch).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None  # of a CPU both are known
     assert memory is not None
     half = 2 if dtype == "bfloat16" else 1
+    kept = shard(_in_dtype(variable_shapes(model), dtype), mesh, rules)
     return Plan(
-        params=sum(_bytes(leaf, kept_dtype(path, dtype)) for path, leaf in flatten(params).items()),
-        state=sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
-        batch=sum(_bytes(leaf) for leaf in batch.values()),
+        params=device_bytes(kept),
+        state=device_bytes(state_shapes(kept, adapter, tx)),
+        batch=device_bytes(batch),
         temporary=memory.temp_size_in_bytes // half,
         flops=hlo.dot_flops(text),
         collectives=tuple(
@@ -177,18 +184,20 @@ def _in_model(one: hlo.Collective) -> bool:
     return "Decoder" in one.op_name or "sharding_constraint" in one.op_name
 
 
-def _placed(shapes: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
-    shardings = param_shardings(shapes, mesh, rules_for(config.model_type, scan_layers=config.scan_layers))
-    placed: dict[str, Any] = {path: _on(leaf, shardings[path]) for path, leaf in flatten(shapes).items()}
-    return replace(shapes, placed)
+def _in_dtype(shapes: PyTree, dtype: str) -> PyTree:
+    """The shapes as `load_decoder` would fill them."""
+    flat: dict[str, Any] = {
+        path: jax.ShapeDtypeStruct(leaf.shape, kept_dtype(path, dtype)) for path, leaf in flatten(shapes).items()
+    }
+    return replace(shapes, flat)
 
 
-def _on(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _bytes(leaf: jax.ShapeDtypeStruct, dtype: str | None = None) -> int:
-    """Of one device's shard."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.dtype("uint32").itemsize * 2
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype or leaf.dtype).itemsize
+def device_bytes(shapes: PyTree) -> int:
+    """Bytes that one device holds of `jax.ShapeDtypeStruct`s with shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(shapes):
+        # A typed PRNG key is replicated, and its dtype has no size of its own.
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        raw = jax.eval_shape(jax.random.key_data, leaf) if key else leaf
+        total += math.prod(raw.shape if key else leaf.sharding.shard_shape(leaf.shape)) * raw.dtype.itemsize
+    return total

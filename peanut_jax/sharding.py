@@ -23,10 +23,10 @@ import jax
 import numpy as np
 import optax
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from peanut_jax.adapters import init
+from peanut_jax.adapters import NOT_FINITE, check_finite, init
 from peanut_jax.config import Config, LoraConfig
 from peanut_jax.intercept import LEFT, RIGHT
 from peanut_jax.kernels import Axes, Kernel, Leaf, find, flatten, module_of, replace
@@ -137,13 +137,13 @@ def mesh_sizes(sizes: str) -> dict[str, int]:
     Raises:
         ValueError: as `make_mesh`.
     """
-    found = dict.fromkeys(AXES, 1)
+    given: dict[str, int] = {}
     for part in filter(None, sizes.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
-        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size) or name in given:
             raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {sizes!r}")
-        found[name] = int(size)
-    return found
+        given[name] = int(size)
+    return {name: given.get(name, 1) for name in AXES}
 
 
 def param_shardings(params: PyTree, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
@@ -190,6 +190,8 @@ def _check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh
 def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """`params` spread over the mesh; each device gets its own slices. For `load_decoder` pass the mesh to it instead.
 
+    Of `jax.ShapeDtypeStruct`s it gives the same with shardings.
+
     Raises:
         ValueError: as `param_shardings`.
     """
@@ -198,16 +200,37 @@ def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return replace(params, {path: _place(leaf, shardings[path]) for path, leaf in flat.items()})
 
 
-def _place(leaf: Leaf, sharding: NamedSharding) -> jax.Array:
+def _place(leaf: Leaf, sharding: NamedSharding) -> Leaf:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return on(leaf, sharding)
     if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)  # each process holds the whole, and its devices take their slices
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of the mesh that cut the batch.
+
+    Raises:
+        ValueError: a mesh with none of them.
+    """
+    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    if not axes:
+        raise ValueError(
+            f"the mesh has the axes {', '.join(map(str, mesh.shape))}: one must be 'data' or 'fsdp', to cut the batch"
+        )
+    return axes
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the batch is cut."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch: its first axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, Spec(tuple(name for name in BATCH_AXES if name in mesh.shape)))
+    return NamedSharding(mesh, Spec(batch_axes(mesh)))
 
 
 def state_shardings(state: TrainState, params: PyTree, config: Config, axes: Axes | None = None) -> TrainState:
@@ -266,17 +289,30 @@ def matrix_spec(kernel: Kernel, leaf: Leaf) -> tuple[tuple, Any, Any]:
 
     Of several input (or output) axes, only a cut of the first is a cut of their product; any other counts as none.
     """
-    parts = tuple(_full(leaf))
-    n = len(kernel.stack)
-    stack, rest = parts[:n], parts[n:]
-    if kernel.transposed:
-        return stack, rest[1], rest[0]
-    n_in = len(kernel.ins)
-    return stack, _product(rest[:n_in]), _product(rest[n_in:])
+    ins, outs = _sides(kernel, leaf)
+    return tuple(_full(leaf))[: len(kernel.stack)], _product(ins), _product(outs)
 
 
 def _product(parts: tuple) -> Any:
     return parts[0] if all(part is None for part in parts[1:]) else None
+
+
+def state_shapes(
+    params: PyTree, config: Config, tx: optax.GradientTransformation, axes: Axes | None = None
+) -> TrainState:
+    """The train state as `jax.ShapeDtypeStruct`s with shardings, for params or their shapes with shardings.
+
+    Raises:
+        ValueError: as `init`.
+    """
+    key = jax.eval_shape(jax.random.key, 0)
+    shapes = jax.eval_shape(lambda key, params: _create(key, params, config, tx, axes), key, params)
+    return jax.tree.map(on, shapes, state_shardings(shapes, params, config, axes))
+
+
+def on(leaf: Leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf, on a mesh."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def init_state(
@@ -297,13 +333,18 @@ def init_state(
     Raises:
         ValueError: as `init`.
     """
+    flat = flatten(params)
+    check_finite({path: flat[path] for path in select(params, config, axes)}, NOT_FINITE)  # init sees tracers here
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(params, config, tx, axes))
+    create = jax.jit(lambda key, params: _create(key, params, config, tx, axes), out_shardings=shardings)
+    return create(key, params)
 
-    def create(key: PRNGKeyArray, params: PyTree) -> TrainState:
-        init_key, train_key = jax.random.split(key)
-        return TrainState.create(init(init_key, params, config, axes), tx, train_key)
 
-    shapes = jax.eval_shape(create, key, params)
-    return jax.jit(create, out_shardings=state_shardings(shapes, params, config, axes))(key, params)
+def _create(
+    key: PRNGKeyArray, params: PyTree, config: Config, tx: optax.GradientTransformation, axes: Axes | None
+) -> TrainState:
+    init_key, train_key = jax.random.split(key)
+    return TrainState.create(init(init_key, params, config, axes), tx, train_key)
 
 
 def sharded_train_step(
@@ -312,23 +353,49 @@ def sharded_train_step(
     config: Config,
     state: TrainState,
     params: PyTree,
-    **options: Any,
+    *,
+    accumulate_steps: int = 1,
+    max_grad_norm: float | None = None,
+    axes: Axes | None = None,
 ) -> jax.stages.Wrapped:
     """`make_train_step` over a mesh: activations are kept where they belong, and the state stays as it is cut.
 
     Args:
         state: From `init_state`, or its shapes with shardings.
         params: The sharded base, or its shapes with shardings.
-        **options: Of `make_train_step`.
+        axes: As for `init`.
 
     Returns:
         `step(state, params, batch) -> (state, metrics)`; the batch cut by `batch_sharding`.
+
+    Raises:
+        ValueError: as `make_train_step`; a state that is not on the mesh; a batch that does not divide over the mesh
+            and the microbatches.
     """
-    step = make_train_step(constrain(loss_fn, params), tx, config, **options)
     mesh = mesh_of(params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    out = (shardings, NamedSharding(mesh, Spec()))
-    return jax.jit(_in_auto(step, mesh, out), donate_argnums=0, out_shardings=out)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            raise ValueError(f"state{jax.tree_util.keystr(path)} is not on the params' mesh: make it with init_state")
+    step = make_train_step(
+        constrain(loss_fn, params, axes), tx, config, accumulate_steps=accumulate_steps, max_grad_norm=max_grad_norm
+    )
+
+    def checked(state: TrainState, params: PyTree, batch: PyTree):
+        for leaf in jax.tree.leaves(batch):
+            check_batch(leaf.shape[0], mesh, accumulate_steps)
+        return step(state, params, batch)
+
+    out = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, Spec()))
+    return jax.jit(_in_auto(checked, mesh, out), donate_argnums=0, out_shardings=out)
+
+
+def check_batch(rows: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+    """Raises a ValueError for a batch that would not be cut evenly, and then be computed whole by every device."""
+    if rows < 1 or rows % (batch_shards(mesh) * accumulate_steps):
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over {batch_shards(mesh)} data shards"
+            + (f" and {accumulate_steps} microbatches" if accumulate_steps > 1 else "")
+        )
 
 
 def _in_auto(fn: Callable, mesh: Mesh, out: Any) -> Callable:
@@ -338,7 +405,7 @@ def _in_auto(fn: Callable, mesh: Mesh, out: Any) -> Callable:
     return jax.sharding.auto_axes(fn, out_sharding=out)
 
 
-def constrain(fn: Callable, params: PyTree) -> Callable:
+def constrain(fn: Callable, params: PyTree, axes: Axes | None = None) -> Callable:
     """`fn(params, ...)` with the activations of its dense layers and embeddings held to the batch's devices.
 
     What goes into a layer and comes out of it keeps its batch on `data` and `fsdp`, and its width on the `tensor` part
@@ -349,38 +416,40 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
     Args:
         fn: Calls Linen modules with `params`, whose tree is that of `params` here.
         params: The sharded base, or its shapes with shardings.
+        axes: As for `init`.
     """
     mesh = mesh_of(params)
-    flat = flatten(params)
+    flat, kernels = flatten(params), find(flatten(params), axes)
     # Inside the step every axis is Auto, whatever it is outside.
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    cuts = {kernel.module: matrix_spec(kernel, flat[path]) for path, kernel in find(flat).items()}
+    cuts = {kernel.module: _sides(kernel, flat[path]) for path, kernel in kernels.items()}
     for path, leaf in flat.items():
         if path.endswith("/embedding"):
-            cuts[module_of(path)] = (), None, _full(leaf)[-1]
-    batch = batch_sharding(mesh).spec[0]
-    n_batch = math.prod(mesh.shape[name] for name in batch)
+            cuts[module_of(path)] = (), (_full(leaf)[-1],)
+    matrices = {kernel.module: matrix_spec(kernel, flat[path]) for path, kernel in kernels.items()}
+    batch, shards = batch_axes(mesh), batch_shards(mesh)
 
-    def hold(x: Array, part: Any) -> Array:
-        # What has no batch in front (a table of positions or distances) is left alone.
-        if x.ndim < 2 or x.shape[0] % n_batch:
+    def hold(x: Array, side: tuple) -> Array:
+        # A first axis that does not divide is no batch (a table of positions or distances).
+        if x.ndim <= len(side) or x.shape[0] % shards:
             return x
-        spec = Spec(batch, *[None] * (x.ndim - 2), _without_batch(part))
+        spec = Spec(batch, *[None] * (x.ndim - 1 - len(side)), *map(_without_batch, side))
         return jax.lax.with_sharding_constraint(x, NamedSharding(auto, spec))
 
     def keep(next_fun, args, kwargs, context):
-        cut = cuts.get(".".join(context.module.path)) if context.method_name == "__call__" else None
-        if cut is None:
+        module = context.module
+        cut = cuts.get(".".join(module.path)) if context.method_name == "__call__" else None
+        if cut is None or not _is_layer(module):
             return next_fun(*args, **kwargs)
-        _, p_in, p_out = cut
-        x, *rest = args
-        x = x if isinstance(context.module, nn.Embed) else hold(x, p_in)
-        return hold(next_fun(x, *rest, **kwargs), p_out)
+        ins, outs = cut
+        if args and not isinstance(module, nn.Embed):
+            args = (hold(args[0], ins), *args[1:])
+        return hold(next_fun(*args, **kwargs), outs)
 
     def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         kept = {}
         for path, leaf in flatten(params).items():
-            if (spec := _used_as(path, flat, cuts)) is not None:
+            if (spec := _used_as(path, flat, matrices)) is not None:
                 kept[path] = jax.lax.with_sharding_constraint(leaf, NamedSharding(auto, spec))
         with nn.intercept_methods(keep):
             return fn(replace(params, kept), *args, **kwargs)
@@ -388,7 +457,23 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
     return held
 
 
-def _used_as(path: str, flat: Mapping[str, Leaf], cuts: Mapping[str, tuple]) -> PartitionSpec | None:
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it maps the last axes of one array, as `_sides` says."""
+    if isinstance(module, nn.DenseGeneral):
+        wanted = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
+        return not module.batch_dims and tuple(wanted) == tuple(range(-len(wanted), 0))
+    return isinstance(module, (nn.Dense, nn.Embed)) or type(module).__name__ == "FlaxConv1D"
+
+
+def _sides(kernel: Kernel, leaf: Leaf) -> tuple[tuple, tuple]:
+    """The specs of a kernel's input axes and of its output axes."""
+    rest = tuple(_full(leaf))[len(kernel.stack) :]
+    if kernel.transposed:
+        return rest[1:], rest[:1]
+    return rest[: len(kernel.ins)], rest[len(kernel.ins) :]
+
+
+def _used_as(path: str, flat: Mapping[str, Leaf], matrices: Mapping[str, tuple]) -> PartitionSpec | None:
     """The spec in which a leaf enters the model, where it is not XLA's to choose.
 
     Factors keep theirs. Embeddings and the head, outside the layers, are gathered over the batch's axes once: a lookup
@@ -397,7 +482,7 @@ def _used_as(path: str, flat: Mapping[str, Leaf], cuts: Mapping[str, tuple]) -> 
     """
     module, name = module_of(path), path.rpartition("/")[2]
     if name in (LEFT, RIGHT):
-        stack, p_in, p_out = cuts[module]
+        stack, p_in, p_out = matrices[module]
         return Spec(*stack, p_in, None) if name == LEFT else Spec(*stack, None, p_out)
     if name == "embedding" or (name == "kernel" and is_output_head(module)):
         return Spec(*map(_without_batch, _full(flat[path])))

@@ -62,9 +62,7 @@ def make_train_step(
         max_grad_norm: Clips the global norm of the gradient.
 
     Returns:
-        The step. `state` is donated. metrics, on device: `loss`, `grad_norm` (before clipping), `worst_leaf` (which of
-        `jax.tree.leaves(adapters)` has the gradient with the largest norm, a NaN before any number; see `leaf_name`),
-        and those of `loss_fn`.
+        The step. `state` is donated. metrics: `loss`, `grad_norm` (before clipping) and those of `loss_fn`, on device.
 
     Raises:
         ValueError: a bad argument; a batch that does not divide by `accumulate_steps`.
@@ -99,24 +97,16 @@ def make_train_step(
         else:
             grads, metrics = _accumulate(grads_of, seen, _split(batch, accumulate_steps), key, accumulate_steps)
         (grads,) = pullback(grads)
-        squares = jnp.stack([jnp.square(g.astype(jnp.float32)).sum() for g in jax.tree.leaves(grads)])
-        norm = jnp.sqrt(squares.sum())
+        norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             factor = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
         new = TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state, key=state.key)
-        # argmax takes a NaN for the largest.
-        return new, {**metrics, "grad_norm": norm, "worst_leaf": jnp.argmax(squares)}
+        return new, {**metrics, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
-
-
-def leaf_name(adapters: Adapters, index: int) -> str:
-    """The path of leaf number `index`, such as `model/layers/self_attn/q_proj/kernel a`."""
-    path, _ = jax.tree.leaves_with_path(adapters)[index]
-    return " ".join(str(part.key) for part in path)
 
 
 def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRNGKeyArray, n: int):
@@ -125,7 +115,10 @@ def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRN
     def weighted(microbatch, key):
         grads, metrics = grads_of(seen, microbatch, key)
         weight = jnp.asarray(metrics.pop("weight"), jnp.float32)
-        return weight, jax.tree.map(lambda v: weight * v.astype(jnp.float32), (grads, metrics))
+        # The mean over a microbatch in which nothing counts may be 0 / 0; a NaN of any other is to be seen.
+        return weight, jax.tree.map(
+            lambda v: jnp.where(weight == 0, 0, weight * v.astype(jnp.float32)), (grads, metrics)
+        )
 
     def body(total, xs):
         return jax.tree.map(jnp.add, total, weighted(*xs)), None

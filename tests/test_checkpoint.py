@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peanut_jax.checkpoint import ABOUT, Checkpoints, digest
+from peanut_jax.checkpoint import ABOUT, Checkpoints
+from peanut_jax.checkpoint_files import digest
 from peanut_jax.training import TrainState
 
 ABOUT_RUN = {"config": {"r": 4, "act": "relu"}, "base": {"q": "0123456789abcdef", "k": "fedcba9876543210"}}

@@ -15,7 +15,7 @@ import transformers
 import peanut_jax as pj
 from peanut_jax import hlo
 from peanut_jax.cli import main
-from peanut_jax.models.decoder import Decoder, language_loss
+from peanut_jax.models.decoder import CHUNK, Decoder, language_loss
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.plan import CHIPS, Plan, plan
 from peanut_jax.sharding import batch_sharding, init_state, make_mesh, rules_for, shard, sharded_train_step
@@ -42,7 +42,7 @@ def test_a_plan_is_what_the_real_step_takes(accumulate):
     params = shard(params, mesh, rules_for("llama"))
     tx = optax.adamw(1e-3)
     state = init_state(jax.random.key(0), params, ADAPTER, tx)
-    step = sharded_train_step(language_loss(model), tx, ADAPTER, state, params, accumulate_steps=accumulate)
+    step = sharded_train_step(language_loss(model, 4 * CHUNK), tx, ADAPTER, state, params, accumulate_steps=accumulate)
     batch = {name: np.ones((8, 16), np.int32) for name in ("tokens", "labels", "segments")}
     batch = jax.device_put({**batch, "weights": np.ones((8, 16), np.float32)}, batch_sharding(mesh))
     compiled = step.lower(state, params, batch).compile()
@@ -52,6 +52,14 @@ def test_a_plan_is_what_the_real_step_takes(accumulate):
     assert found.trainable == pj.count(state.adapters)
     assert list(found.collectives) == hlo.collectives(compiled.as_text())
     compiled(state, params, batch)
+
+
+def test_a_saved_head_is_counted_in_its_own_dtype():
+    """In bfloat16 beside float32 adapters: its values, and AdamW's two moments."""
+    mesh = make_mesh("tensor=8")
+    saving = pj.PeanutConfig(r=4, depth=1, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    plain, saved = (plan(from_hf(LLAMA), mesh, one, batch_size=8, seq_len=16) for one in (ADAPTER, saving))
+    assert saved.state - plain.state == 3 * 2 * 64 * 64 // 8
 
 
 def test_bfloat16_halves_what_the_model_holds():
@@ -78,6 +86,9 @@ def test_the_estimate_counts_links_and_nodes():
     assert seconds("all-reduce", near, "v5e") == pytest.approx(14e9 * 6 / 4 / 100e9 / 0.7)
     assert seconds("all-gather", far, "v5e") == seconds("all-gather", near, "v5e")
     assert seconds("all-gather", far, "h100") == pytest.approx(14e9 * 3 / 4 / 50e9 / 0.7)
+    # Two nodes with eight and with two members: so many ports, up to the rate of the links within a node.
+    assert seconds("all-gather", (tuple(range(16)),), "h100") == pytest.approx(14e9 * 15 / 16 / 400e9 / 0.7)
+    assert seconds("all-gather", ((0, 1, 8, 9),), "h100") == pytest.approx(14e9 * 3 / 4 / 100e9 / 0.7)
     assert Plan(0, 0, 0, 0, 10**15, (), 0).seconds(CHIPS["h100"]) == pytest.approx(1e15 / (989e12 * 0.5))
 
 
@@ -108,6 +119,7 @@ def test_llama_70b_on_256_devices(tmp_path):
         (["--mesh", "data=8", "--batch", "4"], "a batch of 4 rows does not divide over 8 data shards"),
         (["--mesh", "data=8", "--accumulate", "2"], "a batch of 8 rows does not divide over 8 data shards and 2"),
         (["--mesh", "tensor=8", "--target-modules", "query"], "target"),
+        (["--mesh", "tensor=8", "--accumulate", "0"], "must be at least 1, got 16 and 0"),
         (["--mesh", "fsdp=8", "--config-json", "absent"], "absent"),
     ],
 )

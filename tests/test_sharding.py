@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,14 @@ import transformers
 from jax.sharding import PartitionSpec
 
 import peanut_jax as pj
-from peanut_jax.models import hf
-from peanut_jax.models.decoder import Decoder, variable_shapes
+from peanut_jax import hlo
+from peanut_jax.kernels import flatten, replace
+from peanut_jax.models import hf, hf_faults
+from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.sharding import (
     batch_sharding,
+    constrain,
     init_state,
     make_mesh,
     mesh_of,
@@ -55,13 +59,15 @@ def roberta() -> Case:
     return Case("roberta", jax.device_get(model.params), loss_fn, ("query", "value", "dense"))
 
 
+LLAMA = transformers.LlamaConfig(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=128,
+    max_position_embeddings=SEQ, tie_word_embeddings=False,
+)  # fmt: skip
+
+
 @cache
 def llama() -> Case:
-    llama_config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=128,
-        max_position_embeddings=SEQ, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Decoder(from_hf(llama_config.to_dict()), jnp.float32)
+    model = Decoder(from_hf(LLAMA.to_dict()), jnp.float32)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
 
     def loss_fn(params, batch, key):
@@ -168,6 +174,150 @@ def test_a_forward_pass_under_pmap(name):
     )
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+FAMILIES = {
+    "bert": (transformers.FlaxBertForMaskedLM, transformers.BertConfig(vocab_size=40, **SMALL), ["query", "dense"]),
+    "vit": (
+        transformers.FlaxViTForImageClassification,
+        transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL), ["value", "dense"],
+    ),
+    "gpt2": (
+        transformers.FlaxGPT2LMHeadModel, transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4),
+        ["c_attn", "c_fc", "mlp.c_proj"],
+    ),
+    "t5": (
+        transformers.FlaxT5ForConditionalGeneration,
+        transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
+        ["q", "v", "wi", "wo"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_every_family(name):
+    """Of a model cut on three axes, with what is transposed, fused or tied in it: those of one device."""
+    model_class, config, targets = FAMILIES[name]
+    model = hf_faults.mended(model_class)(config, seed=0)
+    adapter = pj.PeanutConfig(r=4, target_modules=targets, init_weights=False, scaling=0.1)
+    rng = np.random.default_rng(0)
+    if name == "vit":
+        inputs = {"pixel_values": rng.normal(size=(BATCH, 3, 8, 8)).astype(np.float32)}
+    else:
+        inputs = {"input_ids": rng.integers(1, 40, (BATCH, 12)).astype(np.int32)}
+        if name == "t5":
+            inputs |= {"decoder_input_ids": rng.integers(1, 40, (BATCH, 6)).astype(np.int32)}
+
+    def fn(params, inputs):
+        return jnp.square(model(**inputs, params=params).logits).mean()
+
+    def gradient(mesh, hold):
+        params = shard(jax.device_get(model.params), mesh, rules_for(name))
+        adapters = pj.init(jax.random.key(0), params, adapter)
+        held = constrain(fn, params) if hold else fn
+        return jax.jit(jax.grad(pj.adapt(held, adapter)))(
+            adapters, params, jax.device_put(inputs, batch_sharding(mesh))
+        )
+
+    want = jax.device_get(gradient(make_mesh("", jax.devices()[:1]), hold=False))
+    got = jax.device_get(gradient(make_mesh("data=2,fsdp=2,tensor=2"), hold=True))
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(leaf - other) <= 1e-5 * np.linalg.norm(other), jax.tree_util.keystr(path)
+
+
+def test_general_layers_are_held_by_their_own_axes():
+    """Attention cut over its heads moves what one all-reduce of its output moves; with and without biases."""
+    mesh = make_mesh("data=2,tensor=4")
+    x = jax.ShapeDtypeStruct((4, 16, 32), jnp.float32, sharding=batch_sharding(mesh))
+    for use_bias in (True, False):
+        model = nn.MultiHeadDotProductAttention(num_heads=8, qkv_features=64, use_bias=use_bias)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+        by_head = [
+            (r"(query|key|value)/kernel", PartitionSpec(None, "tensor")),
+            (r"out/kernel", PartitionSpec("tensor")),
+            (r".*", PartitionSpec()),
+        ]
+        params, axes = shard(shapes, mesh, by_head), pj.kernel_axes(model.apply, shapes, np.zeros(x.shape, np.float32))
+        program = jax.jit(constrain(model.apply, params, axes)).lower(params, x).compile().as_text()
+        moved = [(one.kind, one.shapes) for one in hlo.collectives(program)]
+        assert moved == [("all-reduce", ("f32[2,16,32]",))]
+
+
+class Pair(nn.Module):
+    """A dense layer that is called by keyword, and a recurrent cell, whose parts return pairs."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16)(inputs=x)
+        cell = nn.OptimizedLSTMCell(16)
+        (_, x), _ = cell(cell.initialize_carry(jax.random.key(0), x.shape), x)
+        return nn.Dense(8, name="last")(x)
+
+
+def test_modules_that_are_called_in_other_ways():
+    mesh, model = make_mesh("fsdp=4,tensor=2"), Pair()
+    x = np.ones((8, 16), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+    cut = shard(
+        params, mesh, [(r".*Dense_0/kernel|last/kernel", PartitionSpec("fsdp", "tensor")), (r".*", PartitionSpec())]
+    )
+    got = jax.jit(constrain(model.apply, cut))(cut, jax.device_put(x, batch_sharding(mesh)))
+    np.testing.assert_allclose(got, model.apply(params, x), rtol=1e-5)
+
+
+def test_a_microbatch_in_which_nothing_counts():
+    """The step is that of the other rows; a step in which nothing counts changes nothing."""
+    case = llama()
+    config = config_of(case, "output")
+    batch = next(batches())
+    counted = np.arange(BATCH) % 2 == 0  # microbatches are strided: all the others are the second
+    batch["weights"] = np.where(counted[:, None], batch["weights"], 0)
+    results = []
+    for rows, microbatches in ((slice(None), 2), (counted, 1)):
+        adapters = pj.init(jax.random.key(1), case.params, config)
+        state = pj.TrainState.create(adapters, optax.sgd(0.1), jax.random.key(0))
+        model_loss = language_loss(Decoder(from_hf(LLAMA.to_dict()), jnp.float32), chunk=32)
+        step = pj.make_train_step(model_loss, optax.sgd(0.1), config, accumulate_steps=microbatches)
+        state, metrics = step(state, case.params, {name: leaf[rows] for name, leaf in batch.items()})
+        results.append((state.adapters, metrics["loss"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+def test_batches_that_do_not_divide():
+    """Else every device would compute the whole of it."""
+    case, mesh = llama(), make_mesh("data=8")
+    params = shard(case.params, mesh, rules_for("llama"))
+    config = config_of(case, "output")
+    state = init_state(jax.random.key(0), params, config, TX)
+    for microbatches, message in ((1, "4 rows does not divide over 8 data shards"), (2, "8 data shards and 2 micro")):
+        step = sharded_train_step(case.loss_fn, TX, config, state, params, accumulate_steps=microbatches)
+        rows = {name: leaf[: 4 * microbatches] for name, leaf in next(batches()).items()}
+        with pytest.raises(ValueError, match=message):
+            step.lower(state, params, rows)
+    plain = pj.TrainState.create(pj.init(jax.random.key(0), case.params, config), TX, jax.random.key(0))
+    with pytest.raises(ValueError, match="is not on the params' mesh: make it with init_state"):
+        sharded_train_step(case.loss_fn, TX, config, plain, params)
+
+
+def test_a_base_with_a_nan():
+    case, mesh = llama(), make_mesh("fsdp=8")
+    params = shard(case.params, mesh, rules_for("llama"))
+    path = "model/layers/mlp/down_proj/kernel"
+    bad = replace(params, {path: flatten(params)[path].at[1, 2, 3].set(np.nan)})
+    with pytest.raises(ValueError, match=f"NaN or an infinity: {path}"):
+        init_state(jax.random.key(0), bad, config_of(case, "output"), TX)
+
+
+def test_meshes_of_the_users_own():
+    """Any mesh with an axis for the batch."""
+    for names in (("data",), ("fsdp",), ("fsdp", "tensor")):
+        shape = (8,) if len(names) == 1 else (4, 2)
+        kinds = (jax.sharding.AxisType.Auto,) * len(names)
+        mesh = jax.make_mesh(shape, names, axis_types=kinds)
+        assert batch_sharding(mesh).shard_shape((8, 3)) == (8 // shape[0], 3)
+    with pytest.raises(ValueError, match="the mesh has the axes dp, tp: one must be 'data' or 'fsdp'"):
+        batch_sharding(jax.make_mesh((4, 2), ("dp", "tp")))
+
+
 def spec_of(leaf):
     return leaf.sharding.spec
 
@@ -264,6 +414,7 @@ def test_the_table_of_the_decoder(scan_layers, tied):
         ("model=8", "must be like data=2"),
         ("data=two", "must be like data=2"),
         ("data=0", "must be like data=2"),
+        ("data=4,data=2", "must be like data=2"),
     ],
 )
 def test_meshes_that_do_not_fit(sizes, message):

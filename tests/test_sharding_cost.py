@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import peanut_jax as pj
-from benchmarks.sharding import TARGETS, axes_of, cost, llama, moves, op_names, owner, placed
+from benchmarks.sharding import TARGETS, axes_of, cost, llama, moves, op_names, owner
 from peanut_jax.kernels import flatten
 from peanut_jax.models.decoder_config import from_hf
-from peanut_jax.sharding import make_mesh, state_shardings
+from peanut_jax.sharding import make_mesh, shard, state_shardings
 
 # Sizes that shapes are told apart by; each divides by every part of the meshes below.
 D_IN, D_OUT, R, STACK = 48, 80, 6, 3
@@ -27,7 +27,7 @@ def factor_moves(spec, orientation, stack):
     mesh, parts = make_mesh("fsdp=2,tensor=4"), (None,) * len(stack)
     shapes = {"kernel": (*stack, D_IN, D_OUT), "bias": (*stack, D_OUT)}
     params = {"dense": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
-    params = placed(params, mesh, [(".*kernel", P(*parts, *spec)), (".*", P())])
+    params = shard(params, mesh, [(".*kernel", P(*parts, *spec)), (".*", P())])
     config = pj.PeanutConfig(r=R, depth=1, orientation=orientation, target_modules=["dense"])
     state = jax.eval_shape(
         lambda: pj.TrainState.create(pj.init(jax.random.key(0), params, config), optax.sgd(1.0), jax.random.key(0))

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     args = _parser().parse_args(argv)
-    logging.basicConfig(format="train: note: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="train: note: %(message)s", level=logging.WARNING, force=True)
     try:
         distributed.start(args.coordinator, args.processes, args.process_id, args.timeout)
         run = config.read(args.config, args.set)
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error)
     if distributed.is_first():
         print(_told(outcome, args.out), file=sys.stderr)
-    return 128 + signal.Signals[outcome.signal].value if outcome.signal else 0
+    return 128 + signal.Signals[outcome.signal].value if outcome.signal and not outcome.complete else 0
 
 
 def _told(outcome, out: Path) -> str:
-    if outcome.signal:
+    if not outcome.complete:
         return f"train: {outcome.signal} after step {outcome.step} of {outcome.total}, saved; go on with --resume"
-    early = "" if outcome.step == outcome.total else ", early: no better evaluation for a while (loop.patience)"
+    early = ", early: no better evaluation for a while (loop.patience)" if outcome.early else ""
     return f"train: {out} is complete after step {outcome.step}{early}"
 
 

@@ -17,6 +17,8 @@ from peanut_jax.sharding import Rules
 SCHEDULES = ("cosine", "linear", "constant")
 NONFINITE = ("stop", "skip")
 DTYPES = ("bfloat16", "float32")
+# Fields of the loop that may change when a run is resumed.
+_FREE_OF_LOOP = ("log_every", "save_every", "keep_last", "nonfinite", "max_skipped")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +107,20 @@ class Optimizer:
         _check_int("optimizer.warmup_steps", self.warmup_steps, 0)
         for name in ("learning_rate", "eps", *(["max_grad_norm"] if self.max_grad_norm is not None else [])):
             _check_number(f"optimizer.{name}", getattr(self, name), above=0)
+        for name, top in (("b1", 1), ("b2", 1), ("weight_decay", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < top:
+                raise ValueError(f"optimizer.{name} must be a number of at least 0 and below {top}, got {value!r}")
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Step -> learning rate, for a run of `steps` optimizer steps."""
-        left = max(1, steps - self.warmup_steps)
+        """Step -> learning rate, for a run of `steps` optimizer steps.
+
+        Raises:
+            ValueError: a warm-up as long as the run.
+        """
+        if self.warmup_steps >= steps:
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} must be below the {steps} steps of the run")
+        left = steps - self.warmup_steps
         after = {
             "cosine": optax.cosine_decay_schedule(self.learning_rate, left),
             "linear": optax.linear_schedule(self.learning_rate, 0.0, left),
@@ -120,8 +132,11 @@ class Optimizer:
         return optax.join_schedules([rise, after], [self.warmup_steps])
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer of a run; clipping is the train step's."""
-        return optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+        """The optimizer of a run, clipping included."""
+        adamw = optax.adamw(self.rate(steps), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+        return (
+            adamw if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,8 +221,8 @@ class Run:
                 "the head in modules_to_save"
             )
         _check_choice("loop.best", self.loop.best, self.task.METRICS)
-        if self.loop.patience is not None and not self.task.evaluation:
-            raise ValueError(f"loop.patience={self.loop.patience} needs task.evaluation data")
+        if self.loop.patience is not None and not (self.task.evaluation and self.loop.eval_every):
+            raise ValueError(f"loop.patience={self.loop.patience} needs task.evaluation data and loop.eval_every")
 
     def as_json(self) -> dict[str, Any]:
         """Every field, with the kinds of task and adapter, as JSON gives it back."""
@@ -215,6 +230,11 @@ class Run:
         content = dataclasses.asdict(self)
         content["rules"] = self.rules and [[pattern, str(spec)] for pattern, spec in self.rules]
         return json.loads(json.dumps({**content, **{n: {"kind": kind, **content[n]} for n, kind in kinds.items()}}))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a resume must share: all but those that say how, and not what, is computed."""
+        content = {name: value for name, value in self.as_json().items() if name not in ("mesh", "rules")}
+        return {**content, "loop": {name: v for name, v in content["loop"].items() if name not in _FREE_OF_LOOP}}
 
 
 def read(path: Path, changes: Sequence[str] = ()) -> Run:
@@ -243,7 +263,8 @@ def _changed(run: Run, changes: Sequence[str]) -> Run:
         name, equals, text = change.partition("=")
         part, dot, field = name.rpartition(".")
         holder = getattr(run, part, None) if dot else run
-        if not equals or not dataclasses.is_dataclass(holder) or field not in vars(holder):
+        known = dataclasses.is_dataclass(holder) and field in vars(holder)
+        if not equals or not known or dataclasses.is_dataclass(getattr(holder, field)):
             raise ValueError(f"--set takes a field of the config, such as loop.steps=100, got {change!r}")
         parts.setdefault(part, {})[field] = _value(text)
     own: Any = parts.pop("", {})

@@ -4,6 +4,7 @@ The rows of step s are a function of s and the seed alone, so that a resumed run
 processes.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+
+from peanut_jax.sharding import batch_shards
 
 Row = Mapping[str, np.ndarray]
 Batch = dict[str, jax.Array]
@@ -49,7 +52,7 @@ def batches(
 
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options):
-        yield placed(local, batch_size, sharding)
+        yield placed(local, mine, batch_size, sharding)
 
 
 def batch_shapes(rows: Rows, batch_size: int, sharding: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
@@ -65,7 +68,8 @@ def in_order(rows: Rows, *, batch_size: int, sharding: NamedSharding) -> Iterato
     """Every row once, in batches of one size: the last is filled up with rows of weight 0."""
     mine = local_rows(batch_size, sharding)
     for start in range(0, len(rows), batch_size):
-        yield placed(_stacked([_row_or_filler(rows, start + i) for i in mine]), batch_size, sharding)
+        local = _stacked([_row_or_filler(rows, start + i) for i in mine])
+        yield placed(local, mine, batch_size, sharding)
 
 
 def _row_or_filler(rows: Rows, i: int) -> Row:
@@ -81,30 +85,24 @@ def local_rows(batch_size: int, sharding: NamedSharding) -> list[int]:
     Raises:
         ValueError: a batch that does not divide.
     """
-    shards = sharding.num_devices // _replicas(sharding)
+    shards = batch_shards(sharding.mesh)
     if batch_size % shards:
         raise ValueError(
-            f"a batch of {batch_size} rows does not divide over the data axes of the mesh ({shards} shards): "
-            "change batch_size or the mesh"
+            f"{batch_size} rows do not divide over the data axes of the mesh ({shards} shards): change batch_size or "
+            "the mesh"
         )
     index = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({i for part in index if part for i in range(*part[0].indices(batch_size))})
 
 
-def _replicas(sharding: NamedSharding) -> int:
-    """Devices that hold the same rows."""
-    cut = [name for part in sharding.spec for name in ([part] if isinstance(part, str) else part or [])]
-    return int(np.prod([size for name, size in sharding.mesh.shape.items() if name not in cut]))
-
-
-def placed(local: Row, batch_size: int, sharding: NamedSharding) -> Batch:
-    """The global arrays, of which this process gives its rows."""
-    mine = {row: i for i, row in enumerate(local_rows(batch_size, sharding))}
+def placed(local: Row, mine: list[int], batch_size: int, sharding: NamedSharding) -> Batch:
+    """The global arrays, of which this process gives its rows: `mine`, from `local_rows`."""
+    at = {row: i for i, row in enumerate(mine)}
 
     def place(array: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return array[mine[start] : mine[stop - 1] + 1]
+            return array[at[start] : at[stop - 1] + 1]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
 
@@ -113,6 +111,15 @@ def placed(local: Row, batch_size: int, sharding: NamedSharding) -> Batch:
 
 def _stacked(rows: list[Row]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def identity(rows: Rows) -> dict[str, int]:
+    """Enough to tell other data: the number of rows, and a checksum of the first, the middle and the last."""
+    total = 0
+    for i in (0, len(rows) // 2, len(rows) - 1):
+        for name, value in sorted(rows[i].items()):
+            total = zlib.crc32(name.encode() + np.ascontiguousarray(value).tobytes(), total)
+    return {"rows": len(rows), "checksum": total}
 
 
 class _Source:

@@ -1,6 +1,8 @@
 """The loop: from a config to a folder that holds an adapter, its curves, and the checkpoints to go on from."""
 
 import contextlib
+import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,20 +13,22 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import peanut_jax as pj
-from peanut_jax.checkpoint import Checkpoints
+from peanut_jax.checkpoint import Checkpoints, differences
 from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh, mesh_of, sharded_train_step
-from peanut_jax.training import TrainState, leaf_name
+from peanut_jax.training import TrainState
 from train import tasks
 from train.config import Run
-from train.data import batch_shapes, batches, in_order, local_rows
+from train.data import batch_shapes, batches, identity, in_order, local_rows
 from train.distributed import is_first, on_first
+from train.guard import guard, guarded, leaf_name
 from train.recorder import Meter, Recorder, plot_curves, progress
-from train.run_folder import describe, note_resume, open_run, write_run
+from train.run_folder import describe, note_resume, open_run, read_run, write_run
 
 CHECKPOINTS, ADAPTER, BEST = "checkpoints", "adapter", "best"
+_AHEAD = 2  # steps that are sent off before the first of them is done
 
 
 class Outcome(NamedTuple):
@@ -33,12 +37,19 @@ class Outcome(NamedTuple):
     Attributes:
         step: The last that was taken.
         total: Of the config.
+        early: Whether `patience` ended it.
         signal: The name of the one that stopped it; it can be resumed.
     """
 
     step: int
     total: int
-    signal: str | None
+    early: bool = False
+    signal: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing to resume."""
+        return self.early or self.step == self.total
 
 
 def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
@@ -54,36 +65,55 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
     """
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(run.mesh)
-        local_rows(run.loop.batch_size // run.loop.accumulate_steps, batch_sharding(mesh))  # raises before all else
-        on_first(lambda: stack.enter_context(open_run(folder, resume=resume)) and None)
+        _check_batch(run, mesh)
+        on_first(lambda: _open(run, folder, stack, resume))
         task = tasks.build(run.task, mesh, run.rules, run.loop.seed)
-        # How it is cut may change from one resume to the next.
-        saved = {name: value for name, value in run.as_json().items() if name not in ("mesh", "rules")}
-        about = {"config": saved, "base": pj.fingerprint(task.params, run.adapter)}
-        best = run.loop.best if task.evaluation else None
+        data = {name: identity(rows) for name in ("train", "evaluation") if (rows := getattr(task, name)) is not None}
+        about = {"config": run.identity(), "base": pj.fingerprint(task.params, run.adapter), "data": data}
         checkpoints = stack.enter_context(
             Checkpoints(
-                folder / CHECKPOINTS, about, keep_last=run.loop.keep_last, best=best, best_mode=run.loop.best_mode
+                folder / CHECKPOINTS, about, keep_last=run.loop.keep_last,
+                best=run.loop.best if task.evaluation else None, best_mode=run.loop.best_mode,
             )
-        )
-        if not resume:
-            on_first(lambda: write_run(folder, describe(run.as_json())))
+        )  # fmt: skip
         outcome, state = _fit(run, task, folder, checkpoints, stack, resume)
-        if outcome.signal is None:
+        if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
+
+
+def _check_batch(run: Run, mesh: Mesh) -> None:
+    """Raises before all else what `local_rows` would raise later."""
+    loop = run.loop
+    try:
+        local_rows(loop.batch_size // loop.accumulate_steps, batch_sharding(mesh))
+    except ValueError as error:
+        raise ValueError(
+            f"loop.batch_size={loop.batch_size} in accumulate_steps={loop.accumulate_steps} microbatches: {error}"
+        ) from error
+
+
+def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> None:
+    """Takes the run's folder, on the first process; a resume must be of the same run."""
+    stack.enter_context(open_run(folder, resume=resume))
+    if not resume:
+        write_run(folder, describe(run.as_json(), run.identity()))
+    elif different := list(differences(read_run(folder)["identity"], run.identity(), "config")):
+        raise ValueError(f"{folder} holds another run (there, here): {'; '.join(different)}")
 
 
 def _fit(
     run: Run, task: tasks.Task, folder: Path, checkpoints: Checkpoints, stack: contextlib.ExitStack, resume: bool
 ) -> tuple[Outcome, TrainState]:
     loop, total = run.loop, run.loop.total(len(task.train))
-    tx = _optimizer(run, total)
+    tx = guard(run.optimizer.transformation(total))
     state = init_state(jax.random.key(loop.seed), task.params, run.adapter, tx)
     record: dict[str, Any] = {"best": None, "since_best": 0, "done": False}
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
         on_first(lambda: note_resume(folder, int(state.step)))
+    if record["done"]:
+        return Outcome(int(state.step), total, early=int(state.step) < total), state
     sharding = batch_sharding(mesh_of(task.params))
     compiled = _compiled(run, task, tx, state, sharding)
     evaluate = _evaluator(run, task, sharding)
@@ -92,7 +122,7 @@ def _fit(
     recorder = stack.enter_context(Recorder(folder, resume_step=start)) if is_first() else None
     meter = stack.enter_context(progress(total, start, "training", rate_unit=f"{task.unit}/s", enabled=is_first()))
     asked = stack.enter_context(_signalled())
-    watch = _Watch(run, state, run.optimizer.rate(total), recorder, meter)
+    watch = _Watch(run, start, run.optimizer.rate(total), recorder, meter)
     source = batches(task.train, batch_size=loop.batch_size, seed=loop.seed, start=start, stop=total, sharding=sharding)
     step, signal_name = start, None
     while step < total and signal_name is None and not record["done"]:
@@ -106,7 +136,7 @@ def _fit(
         judge = evaluate and (step == total or (loop.eval_every and step % loop.eval_every == 0))
         save = last or judge or step % loop.save_every == 0
         if save or step % loop.log_every == 0:
-            watch.log()  # before anything is saved: it looks for NaNs
+            watch.log(state)  # before anything is saved: it looks for NaNs
         found = evaluate(state) if evaluate and judge else None
         if found:
             watch.write(step, {f"eval/{name}": value for name, value in found.items()})
@@ -118,15 +148,7 @@ def _fit(
             watch.begin()
         if batch is None:
             raise ValueError(f"the data ended after step {step} of {total}; the checkpoint of that step is saved")
-    return Outcome(step, total, signal_name), state
-
-
-def _optimizer(run: Run, total: int) -> optax.GradientTransformation:
-    tx = run.optimizer.transformation(total)
-    if run.loop.nonfinite == "skip":
-        # The loop counts them itself, in `_Watch`.
-        return optax.apply_if_finite(tx, max_consecutive_errors=np.iinfo(np.int32).max)
-    return tx
+    return Outcome(step, total, early=record["done"] and step < total, signal=signal_name), state
 
 
 def _compiled(
@@ -134,9 +156,8 @@ def _compiled(
 ) -> jax.stages.Compiled:
     """The train step, compiled before the first batch is there."""
     step = sharded_train_step(
-        task.loss_fn, tx, run.adapter, state, task.params,
-        accumulate_steps=run.loop.accumulate_steps, max_grad_norm=run.optimizer.max_grad_norm,
-    )  # fmt: skip
+        guarded(task.loss_fn), tx, run.adapter, state, task.params, accumulate_steps=run.loop.accumulate_steps
+    )
     return step.lower(state, task.params, batch_shapes(task.train, run.loop.batch_size, sharding)).compile()
 
 
@@ -162,7 +183,8 @@ def _evaluator(run: Run, task: tasks.Task, sharding: NamedSharding) -> Callable[
 def _judge(record: dict[str, Any], found: Mapping[str, float], run: Run) -> None:
     """Whether this evaluation is the best so far, and whether patience is at its end."""
     value, sign = found[run.loop.best], -1 if run.loop.best_mode == "min" else 1
-    if record["best"] is None or sign * value > sign * record["best"]:
+    best = record["best"]
+    if not math.isnan(value) and (best is None or sign * value > sign * best):
         record |= {"best": value, "since_best": 0}
     else:
         record["since_best"] += 1
@@ -172,12 +194,9 @@ def _judge(record: dict[str, Any], found: Mapping[str, float], run: Run) -> None
 class _Watch:
     """Times the steps, reads their metrics in blocks so that the device is not kept waiting, and looks for NaNs."""
 
-    def __init__(
-        self, run: Run, state: TrainState, rate: optax.Schedule, recorder: Recorder | None, meter: Meter
-    ) -> None:
+    def __init__(self, run: Run, start: int, rate: optax.Schedule, recorder: Recorder | None, meter: Meter) -> None:
         self.loop, self.rate, self.recorder, self.meter = run.loop, rate, recorder, meter
-        self.adapters = jax.eval_shape(lambda: state.adapters)
-        self.saved = int(state.step)  # the step of the newest checkpoint, 0 for none
+        self.saved = start  # the step of the newest checkpoint, 0 for none
         self.bad = 0  # steps in a row that were not finite
         self.begin()
 
@@ -197,19 +216,25 @@ class _Watch:
         """A step was sent off; `units` are its tokens or examples."""
         self.block.append((step, metrics))
         self.units += units
+        if len(self.block) > _AHEAD:  # or the device would hold the batches of a whole block
+            jax.block_until_ready(self.block[-1 - _AHEAD][1])
 
-    def log(self) -> None:
+    def log(self, state: TrainState) -> None:
         """Waits for the steps of this block and writes down their means.
+
+        Args:
+            state: After the last of them.
 
         Raises:
             ValueError: a loss or gradient that is not finite, where the run is to stop.
         """
         if not self.block:
             return
-        rows = [(step, jax.device_get(metrics)) for step, metrics in self.block]
+        steps, metrics = zip(*self.block, strict=True)
+        rows = list(zip(steps, jax.device_get(metrics), strict=True))
         seconds = time.perf_counter() - self.since
         step, n = rows[-1][0], len(rows)
-        kept = [name for name in rows[0][1] if name not in ("worst_leaf", "weight")]
+        kept = [name for name in rows[0][1] if name != "weight"]
         means = {f"train/{name}": float(np.mean([values[name] for _, values in rows])) for name in kept}
         rest = {
             "train/learning_rate": float(self.rate(step - 1)),
@@ -220,7 +245,7 @@ class _Watch:
         self.write(step, means | rest)
         self.meter.update(step, loss=means["train/loss"], rate=self.units / seconds, step_seconds=seconds / n)
         for step, values in rows:
-            self._check(step, values)
+            self._check(step, values, state)
         self.begin()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -228,7 +253,7 @@ class _Watch:
         if self.recorder is not None:
             self.recorder.log(step, values)
 
-    def _check(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+    def _check(self, step: int, values: Mapping[str, np.ndarray], state: TrainState) -> None:
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
             self.bad = 0
             return
@@ -236,9 +261,10 @@ class _Watch:
         skips = self.loop.nonfinite == "skip"
         if skips and self.bad <= self.loop.max_skipped:
             return
-        worst = leaf_name(self.adapters, int(values["worst_leaf"]))
+        worst = leaf_name(state.adapters, int(state.opt_state[0].worst))
         good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
-        advice = "lower the learning rate" if skips else "lower the learning rate, or skip such steps (loop.nonfinite)"
+        advice = "start anew with a lower learning rate"
+        advice += "" if skips else ", or --resume with loop.nonfinite=skip"
         raise ValueError(
             f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}, {self.bad} such in a row; "
             f"the worst leaf is {worst!r}; {good}: {advice}"
@@ -250,19 +276,24 @@ def _signalled() -> Iterator[Callable[[int], str | None]]:
     """`asked(step)`: the name of a signal to stop that came, and after the same step on every process; else None."""
     if jax.process_count() > 1:
         # The processes agree on a step through jax.distributed, which has its own handler for SIGTERM.
-        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        earlier = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        finally:
+            signal.signal(signal.SIGINT, earlier)
         return
     came: list[str] = []
+    handlers: dict[int, Any] = {}
 
     def note(number: int, _: Any) -> None:
         came.append(signal.Signals(number).name)
-        signal.signal(number, earlier[number])  # a second one ends the process as ever
+        signal.signal(number, handlers[number])  # a second one ends the process as ever
 
-    earlier: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers.update({number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)})
     try:
         yield lambda step: came[0] if came else None
     finally:
-        for number, handler in earlier.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -1,5 +1,6 @@
 """Prompts and responses as rows for the decoder: packed, with segments, and a loss on the responses alone."""
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,25 +40,37 @@ def plan_rows(sizes: Sequence[tuple[int, int]], length: int) -> list[list[int]]:
     if not sizes:
         raise ValueError("examples is empty")
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (row, room), in order
+    # By the room that is left in them: the rows, as heaps, and the first of each (`nowhere` for none).
+    nowhere = len(sizes)
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]
+    first = np.full(length + 1, nowhere)
+
+    def put(row: int, room: int) -> None:
+        heapq.heappush(with_room[room], row)
+        first[room] = with_room[room][0]
+
     for i, (prompt, response) in enumerate(sizes):
-        if prompt >= length or not response or prompt + response < 2:
+        if not fits(prompt, response, length):
             raise ValueError(
                 f"example {i} has a prompt of {prompt} and a response of {response} tokens: nothing of the "
                 f"response is left in a row of {length}"
             )
         size = min(length, prompt + response)
-        place = next((k for k, (_, room) in enumerate(open_rows) if room >= size), None)
-        if place is None:
-            place = len(open_rows)
-            open_rows.append((len(rows), length))
-            rows.append([])
-        row, room = open_rows[place]
-        rows[row].append(i)
-        open_rows[place] = row, room - size
-        if room - size < 2:  # no example is shorter: the search need not look here again
-            del open_rows[place]
+        room = size + int(first[size:].argmin())
+        if first[room] == nowhere:
+            rows.append([i])
+            put(len(rows) - 1, length - size)
+        else:
+            row = heapq.heappop(with_room[room])
+            first[room] = with_room[room][0] if with_room[room] else nowhere
+            rows[row].append(i)
+            put(row, room - size)
     return rows
+
+
+def fits(prompt: int, response: int, length: int) -> bool:
+    """Whether a row of `length` tokens holds something of the response to learn."""
+    return prompt < length and response > 0 and prompt + response >= 2
 
 
 def pack_row(members: Sequence[Example], length: int) -> dict[str, np.ndarray]:

@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pyarrow.compute as pc
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import AutoTokenizer
 
 from peanut_jax.models import hf
-from peanut_jax.models.decoder import language_loss, summed_loss
+from peanut_jax.models.decoder import CHUNK, language_loss, summed_loss
 from peanut_jax.models.loading import load_decoder
-from peanut_jax.sharding import Rules, rules_for, shard
+from peanut_jax.sharding import Rules, batch_shards, rules_for, shard
 from peanut_jax.training import LossFn
 from train.config import Classification, LanguageModelling
 from train.data import Row, Rows
-from train.packing import pack_row, plan_rows
+from train.packing import fits, pack_row, plan_rows
 
 logger = logging.getLogger(__name__)
 
@@ -68,26 +69,34 @@ def _language(task: LanguageModelling, mesh: Mesh, rules: Rules | None) -> Task:
     model, params = load_decoder(task.model, task.dtype, mesh, rules, remat=task.remat)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
 
-    def sums(params: PyTree, batch: Any) -> dict[str, jax.Array]:
-        total, weight = summed_loss(model, params, batch)
-        return {"loss": total, "weight": weight}
-
     def rows(source: str) -> Rows:
         columns = [name for name in (task.prompt, task.response) if name]
         table = _table(source, columns)
         _check_text(table, source, columns)
-        return PackedRows(table, task, tokenizer)
+        return PackedRows(table, task, tokenizer, model.config.vocab_size)
 
     evaluation = rows(task.evaluation) if task.evaluation else None
+    chunk = CHUNK * batch_shards(mesh)
+
+    def sums(params: PyTree, batch: Any) -> dict[str, jax.Array]:
+        total, weight = summed_loss(model, params, batch, chunk)
+        return {"loss": total, "weight": weight}
+
     return Task(
-        params, language_loss(model), sums, rows(task.train), evaluation, "tokens", lambda batch: batch["tokens"].size
+        params,
+        language_loss(model, chunk),
+        sums,
+        rows(task.train),
+        evaluation,
+        "tokens",
+        lambda batch: batch["tokens"].size,
     )
 
 
 class PackedRows:
     """Prompts and responses, tokenised once into a table on disk, and packed row by row as they are read."""
 
-    def __init__(self, table: datasets.Dataset, task: LanguageModelling, tokenizer: Any):
+    def __init__(self, table: datasets.Dataset, task: LanguageModelling, tokenizer: Any, vocab_size: int):
         def ids(texts: list[str]) -> list[list[int]]:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -102,13 +111,22 @@ class PackedRows:
 
         self._table = table.map(tokenise, batched=True, remove_columns=table.column_names, load_from_cache_file=False)
         self._length = task.seq_len
-        sizes = [(len(prompt), len(response)) for prompt, response in zip(*self._columns(slice(None)), strict=True)]
-        fit = [i for i, (prompt, _) in enumerate(sizes) if prompt < task.seq_len]
+        columns = [self._table.data.column(name) for name in ("prompt", "response")]
+        largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
+        if largest >= vocab_size:
+            raise ValueError(f"the tokenizer of {task.model} gives token {largest}, and its model has {vocab_size}")
+        sizes = list(zip(*(pc.list_value_length(column).to_pylist() for column in columns), strict=True))
+        fit = [i for i, (prompt, response) in enumerate(sizes) if fits(prompt, response, task.seq_len)]
         if not fit:
-            raise ValueError(f"every prompt has {task.seq_len} tokens or more (task.seq_len): no response is left")
-        if len(fit) < len(sizes):
-            left_out = len(sizes) - len(fit)
-            logger.warning("%d of %d examples are left out: no room after their prompts", left_out, len(sizes))
+            raise ValueError(
+                f"no example leaves room for its response in a row of {task.seq_len} tokens (task.seq_len)"
+            )
+        cut = sum(sum(sizes[i]) > task.seq_len for i in fit)
+        if cut or len(fit) < len(sizes):
+            logger.warning(
+                "of %d examples %d are left out (no response, or no room for it in task.seq_len=%d) and %d are cut",
+                len(sizes), len(sizes) - len(fit), task.seq_len, cut,
+            )  # fmt: skip
         self._plan = [[fit[i] for i in row] for row in plan_rows([sizes[i] for i in fit], task.seq_len)]
 
     def _columns(self, index: Any) -> tuple[list[list[int]], list[list[int]]]:
@@ -129,6 +147,7 @@ def _classification(task: Classification, mesh: Mesh, rules: Rules | None, seed:
     )
     params = shard(params, mesh, rules_for(model.config.model_type) if rules is None else rules)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
+    _check_fit(task, model.config, len(tokenizer))
 
     def terms(params: PyTree, batch: Any, **options: Any) -> dict[str, jax.Array]:
         inputs = {name: batch[name] for name in batch if name not in ("labels", "weights")}
@@ -150,7 +169,26 @@ def _classification(task: Classification, mesh: Mesh, rules: Rules | None, seed:
         return TextRows(table, task, tokenizer)
 
     evaluation = rows(task.evaluation) if task.evaluation else None
-    return Task(params, loss_fn, terms, rows(task.train), evaluation, "examples", lambda batch: batch["labels"].size)
+    return Task(
+        params=params,
+        loss_fn=loss_fn,
+        sums=terms,
+        train=rows(task.train),
+        evaluation=evaluation,
+        unit="examples",
+        count=lambda batch: batch["labels"].size,
+    )
+
+
+def _check_fit(task: Classification, config: Any, tokens: int) -> None:
+    """What a lookup out of range would turn into NaNs."""
+    if tokens > config.vocab_size:
+        raise ValueError(f"the tokenizer of {task.model} has {tokens} tokens, and its model {config.vocab_size}")
+    # RoBERTa counts positions from its padding id on (transformers 4.57, create_position_ids_from_input_ids).
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    positions = getattr(config, "max_position_embeddings", task.max_tokens + offset) - offset
+    if task.max_tokens > positions:
+        raise ValueError(f"task.max_tokens={task.max_tokens} must be at most the model's {positions} positions")
 
 
 class TextRows:
@@ -202,3 +240,5 @@ def _check_text(table: datasets.Dataset, source: str, columns: list[str]) -> Non
     for name in columns:
         if table.features[name].dtype not in ("string", "large_string"):
             raise ValueError(f"column {name!r} of {source} must hold text, found {table.features[name].dtype}")
+        if empty := table.data.column(name).null_count:
+            raise ValueError(f"column {name!r} of {source} is empty in {empty} of {len(table)} rows")

@@ -21,7 +21,7 @@ from peanut_jax.targets import Target, select
 logger = logging.getLogger(__name__)
 
 Fingerprint = dict[str, str]
-_SEEDS = (0x9E3779B9, 0x7F4A7C15)
+SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Fingerprint:
@@ -53,11 +53,11 @@ def of_targets(params: PyTree, targets: Mapping[str, Target]) -> Fingerprint:
 def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers 2"]:
     """Two sums modulo 2^32 of the kernel's bfloat16 bits, each with odd weights of its own for rows and columns."""
     bits = lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    terms = [bits * _weights(kernel.shape[-1], seed) for seed in _SEEDS]
+    terms = [bits * position_weights(kernel.shape[-1], seed) for seed in SEEDS]
     # One reduction for both: XLA on CPU would otherwise keep `bits`, and each product, as an array of its own.
     zero = jnp.uint32(0)
     sums = lax.reduce(terms, [zero, zero], lambda x, y: [x[0] + y[0], x[1] + y[1]], (kernel.ndim - 1,))
-    sums = [(one * _weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, _SEEDS, strict=True)]
+    sums = [(one * position_weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, SEEDS, strict=True)]
     return jnp.stack(sums, axis=-1)
 
 
@@ -90,7 +90,7 @@ def note_absence(saved: Mapping[str, str], adapter: str) -> None:
         )
 
 
-def _weights(size: int, seed: int) -> UInt32[Array, " size"]:
+def position_weights(size: int, seed: int) -> UInt32[Array, " size"]:
     """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
     h = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed & 0xFFFFFFFF)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)

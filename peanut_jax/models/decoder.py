@@ -23,6 +23,8 @@ from peanut_jax.training import LossFn
 
 # Later than any position: the window of a layer that sees every key.
 _EVERYTHING = np.iinfo(np.int32).max // 2
+# Tokens whose logits the loss forms at a time.
+CHUNK = 1024
 
 
 @flax.struct.dataclass
@@ -349,14 +351,15 @@ class Decoder(nn.Module):
         attention_mask: Int[Array, "batch seq"] | None = None,
         *,
         segments: Int[Array, "batch seq"] | None = None,
-        chunk: int = 1024,
+        chunk: int = CHUNK,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Summed cross-entropy and the sum of the weights, never holding more than `chunk` tokens' logits.
 
         Args:
             labels: The token that follows each token; any id where the weight is 0.
             weights: 0 for tokens that do not count: padding, the prompt of an instruction.
-            chunk: Tokens whose float32 logits [chunk, vocab] exist at a time, in the backward pass too.
+            chunk: Tokens whose float32 logits [chunk, vocab] exist at a time, in the backward pass too; of a batch that
+                is spread over devices, those of all devices together.
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
@@ -402,24 +405,24 @@ def kept_dtype(path: str, dtype: Any) -> Any:
     return jnp.float32 if path.endswith("scale") else dtype
 
 
-def language_loss(model: Decoder) -> LossFn:
-    """`loss_fn` for `make_train_step`: the mean cross-entropy of the labels that count.
+def language_loss(model: Decoder, chunk: int = CHUNK) -> LossFn:
+    """`loss_fn` for `make_train_step`: the mean cross-entropy of the labels that count, 0 where none does.
 
     Its batches hold `tokens`, `labels`, `weights` and `segments`, each [batch, seq], as `Decoder.loss` takes them.
     """
 
     def loss_fn(params: PyTree, batch: Any, key: Any) -> tuple[Array, dict[str, Array]]:
-        total, weight = summed_loss(model, params, batch)
-        return total / weight, {"weight": weight}
+        total, weight = summed_loss(model, params, batch, chunk)
+        return total / jnp.where(weight > 0, weight, 1.0), {"weight": weight}
 
     return loss_fn
 
 
-def summed_loss(model: Decoder, params: PyTree, batch: Any) -> tuple[Array, Array]:
+def summed_loss(model: Decoder, params: PyTree, batch: Any, chunk: int = CHUNK) -> tuple[Array, Array]:
     """The sum over such a batch, and the sum of its weights."""
-    return model.apply(
-        params, batch["tokens"], batch["labels"], batch["weights"], segments=batch["segments"], method="loss"
-    )  # type: ignore[return-value]
+    tokens, labels, weights = batch["tokens"], batch["labels"], batch["weights"]
+    segments = batch["segments"]
+    return model.apply(params, tokens, labels, weights, segments=segments, chunk=chunk, method="loss")  # type: ignore[return-value]
 
 
 def _float32_dot(*args: Any, **kwargs: Any) -> Array:

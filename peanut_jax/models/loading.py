@@ -1,7 +1,7 @@
 """Checkpoints of the decoder, streamed: from safetensors straight into stacked, cast and sharded arrays."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,21 @@ def load_decoder(
     arrays = {}
     for path, leaf in leaves.items():
         read = partial(_read, checkpoint, path, leaf.shape, jnp.dtype(kept_dtype(path, dtype)))
-        arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
+        arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], _once(read))
     return model, replace({COLLECTION: {}}, arrays)
+
+
+def _once(read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """`read`, whose result serves every device that holds the same slices."""
+    found: dict[tuple, np.ndarray] = {}
+
+    def call(index: Any) -> np.ndarray:
+        key = tuple((one.start, one.stop) for one in index)
+        if key not in found:
+            found[key] = read(index)
+        return found[key]
+
+    return call
 
 
 def decoder_shapes(source: str | Path, **overrides: Any) -> tuple[str, Any]:

@@ -43,7 +43,7 @@ def changed(run: Run, **fields) -> Run:
 def whole(run, tmp_path_factory):
     """The folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(run, folder) == Outcome(8, 8, None)
+    assert train(run, folder) == Outcome(8, 8)
     return folder
 
 
@@ -109,11 +109,11 @@ def test_a_signal_saves_and_a_resume_is_exact(run, whole, tmp_path, signalled, m
     folder = tmp_path / "run"
     before = signal.getsignal(number)
     outcome = train(run, folder)
-    assert outcome == Outcome(5, 8, signal.Signals(number).name)  # step 5 was on its way
+    assert outcome == Outcome(5, 8, signal=signal.Signals(number).name)  # step 5 was on its way
     assert signal.getsignal(number) == before
     assert not (folder / "adapter").exists()
     monkeypatch.undo()
-    assert train(run, folder, resume=True) == Outcome(8, 8, None)
+    assert train(run, folder, resume=True) == Outcome(8, 8)
     assert_identical(folder, whole)
     assert [row["step"] for row in read_metrics(folder)] == [2, 3, 4, 4, 5, 6, 8, 8]
     resumed = json.loads((folder / "run.json").read_text())["resumed"]
@@ -137,7 +137,7 @@ def test_a_resume_on_another_mesh(run, whole, tmp_path, signalled, monkeypatch):
 
 def test_a_resume_of_a_complete_run_changes_nothing(run, whole):
     before = load_file(whole / ADAPTER)
-    assert train(run, whole, resume=True) == Outcome(8, 8, None)
+    assert train(run, whole, resume=True) == Outcome(8, 8)
     assert_identical(whole, before)
     assert len(read_metrics(whole)) == 7
 
@@ -157,19 +157,29 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(run, whole, tmp_path, signal
     assert_identical(folder, whole)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"adapter__r": 2}, r"config\.adapter\.r: 4, 2"),
-        (
-            {"optimizer__learning_rate": 0.5, "loop__seed": 3},
-            r"optimizer\.learning_rate: 0\.02, 0\.5.*|loop\.seed: 0, 3",
-        ),
-    ],
-)
-def test_a_resume_with_another_config(run, whole, change, message):
-    with pytest.raises(ValueError, match=message):
-        train(changed(run, **change), whole, resume=True)
+def test_a_resume_with_another_config(run, whole):
+    """Every field is named, before the model is loaded."""
+    other = changed(run, adapter__r=2, optimizer__learning_rate=0.5, task__model="absent")
+    with pytest.raises(ValueError, match="holds another run") as error:
+        train(other, whole, resume=True)
+    for difference in ("config.adapter.r: 4, 2", "config.optimizer.learning_rate: 0.02, 0.5", "config.task.model: "):
+        assert difference in str(error.value)
+
+
+def test_fields_that_may_change(run, whole):
+    loop_changes = {"loop__save_every": 1, "loop__log_every": 7, "loop__keep_last": 5, "loop__nonfinite": "skip"}
+    assert train(changed(run, **loop_changes), whole, resume=True) == Outcome(8, 8)
+
+
+def test_a_resume_with_other_data(run, whole, tiny):
+    data = tiny / "train.jsonl"
+    kept = data.read_text()
+    try:
+        data.write_text("\n".join(kept.splitlines()[::-1]) + "\n")
+        with pytest.raises(ValueError, match=r"data\.train\.checksum"):
+            train(run, whole, resume=True)
+    finally:
+        data.write_text(kept)
 
 
 def test_a_resume_with_another_base(run, whole, tiny, tmp_path):
@@ -225,14 +235,25 @@ def test_steps_that_are_not_finite_can_be_skipped(run, tmp_path, poisoned):
         train(skipping, tmp_path / "other")
 
 
+def test_an_evaluation_that_is_no_number_is_no_best():
+    record = {"best": None, "since_best": 0, "done": False}
+    patient = Run(
+        task=Classification(model="m", train="t", evaluation="e"), adapter=pj.LoraConfig(task_type="SEQ_CLS"),
+        loop=Loop(steps=9, eval_every=1, patience=2),
+    )  # fmt: skip
+    for value in (np.nan, 3.0, 2.0, np.nan):
+        loop._judge(record, {"loss": value}, patient)
+    assert record == {"best": 2.0, "since_best": 1, "done": False}
+
+
 def test_patience(run, tmp_path):
     """With a rate of almost nothing no evaluation is better than the first; a resume does not go on."""
     still = changed(
         run, optimizer=Optimizer(learning_rate=1e-30, schedule="constant"), loop__eval_every=1, loop__patience=2
     )
     folder = tmp_path / "run"
-    assert train(still, folder) == Outcome(3, 8, None)
-    assert train(still, folder, resume=True) == Outcome(3, 8, None)
+    assert train(still, folder) == Outcome(3, 8, early=True)
+    assert train(still, folder, resume=True) == Outcome(3, 8, early=True)
 
 
 def test_data_that_ends_early(run, tmp_path, monkeypatch):
@@ -278,7 +299,7 @@ def test_an_evaluation_sees_every_row_once():
 
 def test_a_batch_that_does_not_divide():
     sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
-    with pytest.raises(ValueError, match=r"a batch of 12 rows does not divide .* \(8 shards\)"):
+    with pytest.raises(ValueError, match=r"12 rows do not divide .* \(8 shards\)"):
         local_rows(12, sharding)
 
 
@@ -290,8 +311,8 @@ def no_cluster(*args, **options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "loop.batch_size=6"], "a batch of 6 rows does not divide over the data axes"),
-        (["--set", "loop.accumulate_steps=2"], "a batch of 4 rows does not divide over the data axes"),
+        (["--set", "loop.batch_size=6"], "6 rows do not divide over the data axes"),
+        (["--set", "loop.accumulate_steps=2"], "loop.batch_size=8 in accumulate_steps=2 microbatches: 4 rows do not"),
         (["--set", "mesh=data=16"], "16 places and there are 8 devices"),
         (["--set", "loop.stepz=3"], "--set takes a field of the config"),
         (["--set", "loop.steps=0"], "loop.steps must be an integer of at least 1, got 0"),
@@ -301,8 +322,11 @@ def no_cluster(*args, **options):
         (["--set", "task.train=absent.jsonl"], "there is no data file absent.jsonl"),
         (["--set", "task.prompt=number"], "column 'number' of"),
         (["--set", "task.prompt=query"], "has no column 'query', only question, answer, number"),
-        (["--set", "task.seq_len=2"], "every prompt has 2 tokens or more"),
+        (["--set", "task.seq_len=2"], "no example leaves room for its response in a row of 2"),
         (["--set", "task.evaluation=null", "--set", "loop.patience=2"], "loop.patience=2 needs task.evaluation"),
+        (["--set", "optimizer.warmup_steps=8"], "optimizer.warmup_steps=8 must be below the 8 steps"),
+        (["--set", "optimizer.b1=2"], "optimizer.b1 must be a number of at least 0 and below 1, got 2"),
+        (["--set", 'adapter={"r": 4}'], "--set takes a field of the config"),
         (["--resume"], "holds no run to resume"),
         (["--process-id", "1"], "go together"),
     ],
@@ -337,7 +361,7 @@ def test_examples_without_room_are_left_out(run, caplog):
     """Of questions of 2 to 5 words, with the start token, those of 2 fit into rows of 4."""
     task = dataclasses.replace(run.task, seq_len=4)
     rows = loop.tasks.build(task, make_mesh("data=8"), None, 0).train
-    assert "examples are left out" in caplog.text
+    assert "are left out (no response, or no room for it in task.seq_len=4)" in caplog.text
     assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
     assert 0 < len(rows) < 60
 
@@ -371,12 +395,21 @@ def classification(tiny, tmp_path):
 
 def test_a_classification_run(classification, tmp_path):
     folder = tmp_path / "run"
-    assert train(classification, folder) == Outcome(12, 12, None)
+    assert train(classification, folder) == Outcome(12, 12)
     evaluations = [row for row in read_metrics(folder) if "eval/accuracy" in row]
     assert [row["step"] for row in evaluations] == [6, 12]
     assert evaluations[1]["eval/loss"] < 0.6
     assert evaluations[1]["eval/accuracy"] * 42 == pytest.approx(round(evaluations[1]["eval/accuracy"] * 42))
     assert any("classifier" in name for name in load_file(folder / ADAPTER))
+
+
+def test_texts_that_do_not_fit_the_model(classification, tmp_path):
+    longer = dataclasses.replace(classification.task, max_tokens=13)
+    with pytest.raises(ValueError, match=r"task\.max_tokens=13 must be at most the model's 12 positions"):
+        train(dataclasses.replace(classification, task=longer), tmp_path / "run")
+    (tmp_path / "pairs.tsv").write_text("sentence\tlabel\nw1 w2\t1\n\t0\n")
+    with pytest.raises(ValueError, match=r"column 'sentence' of .* is empty in 1 of 2 rows"):
+        train(classification, tmp_path / "other")
 
 
 def test_labels_that_are_no_classes(classification, tmp_path):
