@@ -247,14 +247,8 @@ class Checkpoints:
         return None if value is None or math.isnan(value) else value
 
     def _check_about(self) -> None:
-        path = self.folder / ABOUT
-        if not path.exists():
-            return
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); restore it or use another folder") from error
-        different = list(differences(saved, self._about))
+        saved = read_about(self.folder)
+        different = [] if saved is None else list(differences(saved, self._about))
         if different:
             raise ValueError(f"{self.folder} holds checkpoints of another run (there, here): " + "; ".join(different))
 
@@ -269,6 +263,21 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore calls a full disk a ValueError
             raise OSError(f"cannot {what} {self.folder}: {_one_line(error)}") from error
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What the run is whose checkpoints are in a folder; None where none was saved yet.
+
+    Raises:
+        ValueError: a damaged about.json.
+    """
+    path = folder / ABOUT
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it or use another folder") from error
 
 
 class _Keep:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import peanut_jax as pj
-from peanut_jax.checkpoint import Checkpoints, differences
+from peanut_jax.checkpoint import Checkpoints, differences, read_about
 from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh, mesh_of, sharded_train_step
 from peanut_jax.training import TrainState
 from train import tasks
@@ -25,7 +25,7 @@ from train.data import batch_shapes, batches, identity, in_order, local_rows
 from train.distributed import is_first, on_first
 from train.guard import guard, guarded, leaf_name
 from train.recorder import Meter, Recorder, plot_curves, progress
-from train.run_folder import describe, note_resume, open_run, read_run, write_run
+from train.run_folder import describe, note_resume, open_run, write_run
 
 CHECKPOINTS, ADAPTER, BEST = "checkpoints", "adapter", "best"
 _AHEAD = 2  # steps that are sent off before the first of them is done
@@ -94,11 +94,12 @@ def _check_batch(run: Run, mesh: Mesh) -> None:
 
 
 def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> None:
-    """Takes the run's folder, on the first process; a resume must be of the same run."""
+    """Takes the run's folder, on the first process; what was trained there must be of the same config."""
     stack.enter_context(open_run(folder, resume=resume))
-    if not resume:
-        write_run(folder, describe(run.as_json(), run.identity()))
-    elif different := list(differences(read_run(folder)["identity"], run.identity(), "config")):
+    about = read_about(folder / CHECKPOINTS)
+    if about is None:
+        write_run(folder, describe(run.as_json()))
+    elif different := list(differences(about["config"], run.identity(), "config")):
         raise ValueError(f"{folder} holds another run (there, here): {'; '.join(different)}")
 
 

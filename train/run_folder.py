@@ -76,20 +76,18 @@ def _locked(folder: Path) -> FileLock:
     return lock
 
 
-def describe(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is made of, as plain JSON.
 
     Args:
         config: The resolved configuration, of JSON's types alone.
-        identity: What of it a resume must share.
 
     Returns:
-        `config`, `identity`, and what was found here: `versions` by package, `git` (see `_git`), `device` (its kind),
-        the numbers `devices` and `processes` of the whole run, and `started` (UTC, ISO 8601).
+        `config`, and what was found here: `versions` by package, `git` (see `_git`), `device` (its kind), the numbers
+        `devices` and `processes` of the whole run, and `started` (UTC, ISO 8601).
     """
     return {
         "config": dict(config),
-        "identity": dict(identity),
         "versions": _versions(),
         "git": _git(),
         "device": jax.local_devices()[0].device_kind,

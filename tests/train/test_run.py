@@ -166,6 +166,20 @@ def test_a_resume_with_another_config(run, whole):
         assert difference in str(error.value)
 
 
+def test_a_run_that_saved_nothing_may_start_with_another_config(run, tmp_path, poisoned, monkeypatch):
+    """It failed before its first checkpoint: run.json tells of the config that trains."""
+    folder = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="absent"):
+        train(changed(run, task__model="absent"), folder)
+    poisoned({0})
+    with pytest.raises(ValueError, match="there is no checkpoint yet"):
+        train(run, folder, resume=True)
+    monkeypatch.undo()
+    other = changed(run, adapter__r=2)
+    assert train(other, folder, resume=True) == Outcome(8, 8)
+    assert json.loads((folder / "run.json").read_text())["config"]["adapter"]["r"] == 2
+
+
 def test_fields_that_may_change(run, whole):
     loop_changes = {"loop__save_every": 1, "loop__log_every": 7, "loop__keep_last": 5, "loop__nonfinite": "skip"}
     assert train(changed(run, **loop_changes), whole, resume=True) == Outcome(8, 8)

@@ -135,9 +135,9 @@ def test_a_place_that_takes_no_bytes_is_refused_and_free_again(tmp_path):
 
 def test_the_description_says_what_the_run_was_made_of(tmp_path):
     config = {"model": {"name": "tiny"}, "seeds": [1, 2]}
-    a_run(tmp_path / "run", describe(config, {}))
+    a_run(tmp_path / "run", describe(config))
     content = read_run(tmp_path / "run")
-    assert set(content) == {"config", "identity", "versions", "git", "device", "devices", "processes", "started"}
+    assert set(content) == {"config", "versions", "git", "device", "devices", "processes", "started"}
     assert content["config"] == config
     packages = {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "peanut_jax"}
     assert set(content["versions"]) == packages
@@ -150,7 +150,7 @@ def test_the_description_says_what_the_run_was_made_of(tmp_path):
 
 
 def test_a_resume_is_added_and_the_start_kept(tmp_path):
-    first = describe({"steps": 9}, {})
+    first = describe({"steps": 9})
     a_run(tmp_path, first)
     note_resume(tmp_path, 4)
     note_resume(tmp_path, 7)
