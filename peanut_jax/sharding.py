@@ -1,8 +1,8 @@
-"""Many devices: a mesh, rules for the base's parameters, and all that follows from them.
+"""Many devices: what follows from how the base is laid out on its mesh.
 
-Rules are the only place that says how anything is cut. The parameters carry the result as their `.sharding`, and the
-rest is derived from there: adapters and factors from their kernels, the optimizer's state from the adapters, and
-activations from the kernels that make them.
+The layout is `peanut_jax.mesh`'s, whose names are here too. The parameters carry it as their `.sharding`, and the rest
+is derived from there: adapters and factors from their kernels, the optimizer's state from the adapters, and activations
+from the kernels that make them.
 
     kernel  (p_in, p_out)                       output orientation        input orientation
     A                                           (p_out, None)             (p_in, None)
@@ -13,224 +13,61 @@ The rows of W0 are independent, so that with a row-sharded kernel W0 @ A needs n
 one a single all-reduce of [d_in, r]. A's gradient is the other way round, and so is the input orientation.
 """
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 import optax
-from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import NOT_FINITE, check_finite, init
 from peanut_jax.config import Config, LoraConfig
 from peanut_jax.intercept import LEFT, RIGHT
 from peanut_jax.kernels import Axes, Kernel, Leaf, find, flatten, module_of, replace
+from peanut_jax.mesh import (
+    AXES,
+    BATCH_AXES,
+    Rules,
+    axes_of,
+    batch_axes,
+    batch_sharding,
+    batch_shards,
+    check_batch,
+    full_spec,
+    make_mesh,
+    mesh_of,
+    mesh_sizes,
+    on,
+    param_shardings,
+    rules_for,
+    shard,
+)
 from peanut_jax.targets import Target, is_output_head, select
 from peanut_jax.training import LossFn, TrainState, make_train_step
 
-Spec = PartitionSpec
-Rules = Sequence[tuple[str, PartitionSpec]]
-
-AXES = ("data", "fsdp", "tensor")
-# The axes that cut the batch. fsdp cuts the parameters too, which each layer gathers before it runs.
-BATCH_AXES = ("data", "fsdp")
-
-
-def _encoder(*first: tuple[str, Spec]) -> Rules:
-    return (
-        *first,
-        (r".*/(query|key|value)/kernel", Spec("fsdp", "tensor")),
-        (r".*/intermediate/dense/kernel", Spec("fsdp", "tensor")),
-        (r".*/layer/\d+/(attention/)?output/dense/kernel", Spec("tensor", "fsdp")),
-        (r".*", Spec()),
-    )
-
-
-# HF's model_type -> rules for its Flax class. Vocabularies such as RoBERTa's 50,265 divide by nothing, so that
-# embeddings are cut along their width. GPT-2 stores [d_out, d_in].
-_RULES: Mapping[tuple[str, ...], Rules] = {
-    ("bert", "roberta", "xlm-roberta"): _encoder((r".*/word_embeddings/embedding", Spec(None, "fsdp"))),
-    ("vit",): _encoder(),
-    ("t5", "mt5"): (
-        (r"shared/embedding", Spec(None, "fsdp")),
-        (r".*Attention/(q|k|v)/kernel", Spec("fsdp", "tensor")),
-        (r".*Attention/o/kernel", Spec("tensor", "fsdp")),
-        (r".*DenseReluDense/wi(_\d)?/kernel", Spec("fsdp", "tensor")),
-        (r".*DenseReluDense/wo/kernel", Spec("tensor", "fsdp")),
-        (r".*", Spec()),
-    ),
-    ("gpt2",): (
-        (r"transformer/wte/embedding", Spec(None, "fsdp")),
-        (r".*/(c_attn|c_fc)/kernel", Spec("tensor", "fsdp")),
-        (r".*/c_proj/kernel", Spec("fsdp", "tensor")),
-        (r".*", Spec()),
-    ),
-}
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def rules_for(model_type: str, *, scan_layers: bool = True) -> Rules:
-    """The table of an architecture: (regular expression, PartitionSpec) pairs for `shard` and the loaders.
-
-    Args:
-        model_type: HF's, such as "roberta"; "llama", "mistral", "qwen2" and "qwen3" are the library's decoder.
-        scan_layers: Of the decoder: whether its layers are one stack.
-
-    Raises:
-        ValueError: an architecture without a table.
-    """
-    if model_type in DECODERS:
-        stack = (None,) if scan_layers else ()
-        return (
-            (r"model/embed_tokens/embedding", Spec("tensor", "fsdp")),
-            (r".*/(q|k|v|gate|up)_proj/kernel", Spec(*stack, "fsdp", "tensor")),
-            (r".*/(o|down)_proj/kernel", Spec(*stack, "tensor", "fsdp")),
-            (r"(lm_head/kernel)?", Spec("fsdp", "tensor")),
-            (r".*", Spec()),
-        )
-    for names, rules in _RULES.items():
-        if model_type in names:
-            return rules
-    known = sorted({name for names in (*_RULES, DECODERS) for name in names})
-    raise ValueError(f"no sharding rules for {model_type!r} (there are some for {', '.join(known)}): pass your own")
-
-
-def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explicit: bool = False) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over all devices of all processes.
-
-    Args:
-        sizes: Such as "data=2,fsdp=2,tensor=2". An axis left out has size 1; one of them may be -1, for what is left.
-        devices: By default `jax.devices()`.
-        explicit: Axes of type Explicit, where an array's type holds its sharding, instead of Auto.
-
-    Raises:
-        ValueError: an unknown axis, a size that is no number, more or fewer places than there are devices.
-
-    Example:
-        mesh = make_mesh("data=-1,tensor=4")
-    """
-    found = mesh_sizes(sizes)
-    devices = jax.devices() if devices is None else devices
-    open_axes = [name for name, size in found.items() if size == -1]
-    if open_axes:
-        fixed = math.prod(size for size in found.values() if size != -1)
-        if len(open_axes) > 1 or len(devices) % fixed:
-            raise ValueError(f"mesh {sizes!r}: one axis may be -1, and {fixed} must divide {len(devices)} devices")
-        found[open_axes[0]] = len(devices) // fixed
-    places = math.prod(found.values())
-    if places != len(devices):
-        raise ValueError(f"mesh {sizes!r} has {places} places and there are {len(devices)} devices: they must be equal")
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    # A TPU's torus may have to be split along an axis of its own to give these sizes.
-    grid = create_device_mesh(tuple(found.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(kind,) * len(AXES))
-
-
-def mesh_sizes(sizes: str) -> dict[str, int]:
-    """Axis -> size, with 1 for an axis that is left out, and -1 as it is.
-
-    Raises:
-        ValueError: as `make_mesh`.
-    """
-    given: dict[str, int] = {}
-    for part in filter(None, sizes.replace(" ", "").split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size) or name in given:
-            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {sizes!r}")
-        given[name] = int(size)
-    return {name: given.get(name, 1) for name in AXES}
-
-
-def param_shardings(params: PyTree, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
-    """Path -> sharding of every parameter, by the first rule that matches the whole path.
-
-    Args:
-        params: Arrays or `jax.ShapeDtypeStruct`s.
-        rules: (regular expression, PartitionSpec) pairs. A spec is that of the whole leaf: the first axis of a scanned
-            stack is its layers. End them with (".*", PartitionSpec()) to replicate the rest.
-
-    Raises:
-        ValueError: a parameter that no rule matches, a rule that matches none, an axis that the mesh has not, a
-            dimension that does not divide, each by name.
-    """
-    found: dict[str, NamedSharding] = {}
-    used: set[str] = set()
-    for path, leaf in flatten(params).items():
-        rule = next((rule for rule in rules if re.fullmatch(rule[0], path)), None)
-        if rule is None:
-            raise ValueError(f"no rule matches {path!r}; end the rules with ('.*', PartitionSpec()) to replicate it")
-        used.add(rule[0])
-        _check_spec(path, leaf.shape, rule[1], mesh)
-        found[path] = NamedSharding(mesh, rule[1])
-    for pattern, _ in rules:
-        if pattern not in used and re.fullmatch(pattern, "") is None:  # one that matches "" may match nothing
-            raise ValueError(f"rule {pattern!r} matches no parameter that an earlier rule leaves")
-    return found
-
-
-def _check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
-    if len(spec) > len(shape):
-        raise ValueError(f"{path!r} of shape {tuple(shape)} cannot be cut by {spec}: it has {len(shape)} dimensions")
-    for i, names in enumerate(_axes(part) for part in spec):
-        if absent := [name for name in names if name not in mesh.shape]:
-            raise ValueError(f"{path!r}: the mesh has no axis {absent[0]!r}, only {', '.join(map(str, mesh.shape))}")
-        size = math.prod(mesh.shape[name] for name in names)
-        if shape[i] % size:
-            raise ValueError(
-                f"{path!r} of shape {tuple(shape)} cannot be cut by {spec}: dimension {i} of {shape[i]} does not "
-                f"divide by {'*'.join(names)}={size}"
-            )
-
-
-def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
-    """`params` spread over the mesh; each device gets its own slices. For `load_decoder` pass the mesh to it instead.
-
-    Of `jax.ShapeDtypeStruct`s it gives the same with shardings.
-
-    Raises:
-        ValueError: as `param_shardings`.
-    """
-    flat = flatten(params)
-    shardings = param_shardings(params, mesh, rules)
-    return replace(params, {path: _place(leaf, shardings[path]) for path, leaf in flat.items()})
-
-
-def _place(leaf: Leaf, sharding: NamedSharding) -> Leaf:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return on(leaf, sharding)
-    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
-        return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)  # each process holds the whole, and its devices take their slices
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes of the mesh that cut the batch.
-
-    Raises:
-        ValueError: a mesh with none of them.
-    """
-    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    if not axes:
-        raise ValueError(
-            f"the mesh has the axes {', '.join(map(str, mesh.shape))}: one must be 'data' or 'fsdp', to cut the batch"
-        )
-    return axes
-
-
-def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the batch is cut."""
-    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch: its first axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, Spec(batch_axes(mesh)))
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "Rules",
+    "batch_axes",
+    "batch_sharding",
+    "batch_shards",
+    "check_batch",
+    "constrain",
+    "init_state",
+    "make_mesh",
+    "mesh_of",
+    "mesh_sizes",
+    "param_shardings",
+    "rules_for",
+    "shard",
+    "sharded_train_step",
+    "state_shapes",
+    "state_shardings",
+]
 
 
 def state_shardings(state: TrainState, params: PyTree, config: Config, axes: Axes | None = None) -> TrainState:
@@ -250,7 +87,7 @@ def state_shardings(state: TrainState, params: PyTree, config: Config, axes: Axe
     specs: dict[str, Any] = {
         path: theta_specs(targets[path], flat[path], set(value), config)
         if isinstance(value, Mapping)
-        else _full(flat[path])
+        else full_spec(flat[path])
         for path, value in state.adapters.items()
     }
     by_path = {
@@ -270,7 +107,7 @@ def state_shardings(state: TrainState, params: PyTree, config: Config, axes: Axe
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
-def theta_specs(target: Target, kernel: Leaf, names: set[str], config: Config) -> dict[str, PartitionSpec]:
+def theta_specs(target: Target, kernel: Leaf, names: set[str], config: Config) -> dict[str, Spec]:
     """The spec of each leaf of a kernel's theta."""
     stack, p_in, p_out = matrix_spec(target.kernel, kernel)
     if target.rows is not None:
@@ -290,7 +127,7 @@ def matrix_spec(kernel: Kernel, leaf: Leaf) -> tuple[tuple, Any, Any]:
     Of several input (or output) axes, only a cut of the first is a cut of their product; any other counts as none.
     """
     ins, outs = _sides(kernel, leaf)
-    return tuple(_full(leaf))[: len(kernel.stack)], _product(ins), _product(outs)
+    return tuple(full_spec(leaf))[: len(kernel.stack)], _product(ins), _product(outs)
 
 
 def _product(parts: tuple) -> Any:
@@ -308,11 +145,6 @@ def state_shapes(
     key = jax.eval_shape(jax.random.key, 0)
     shapes = jax.eval_shape(lambda key, params: _create(key, params, config, tx, axes), key, params)
     return jax.tree.map(on, shapes, state_shardings(shapes, params, config, axes))
-
-
-def on(leaf: Leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The shape of a leaf, on a mesh."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def init_state(
@@ -389,15 +221,6 @@ def sharded_train_step(
     return jax.jit(_in_auto(checked, mesh, out), donate_argnums=0, out_shardings=out)
 
 
-def check_batch(rows: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
-    """Raises a ValueError for a batch that would not be cut evenly, and then be computed whole by every device."""
-    if rows < 1 or rows % (batch_shards(mesh) * accumulate_steps):
-        raise ValueError(
-            f"a batch of {rows} rows does not divide over {batch_shards(mesh)} data shards"
-            + (f" and {accumulate_steps} microbatches" if accumulate_steps > 1 else "")
-        )
-
-
 def _in_auto(fn: Callable, mesh: Mesh, out: Any) -> Callable:
     """`fn`, traced with the mesh's axes as Auto: models are written without shardings in their types."""
     if AxisType.Explicit not in mesh.axis_types:
@@ -425,7 +248,7 @@ def constrain(fn: Callable, params: PyTree, axes: Axes | None = None) -> Callabl
     cuts = {kernel.module: _sides(kernel, flat[path]) for path, kernel in kernels.items()}
     for path, leaf in flat.items():
         if path.endswith("/embedding"):
-            cuts[module_of(path)] = (), (_full(leaf)[-1],)
+            cuts[module_of(path)] = (), (full_spec(leaf)[-1],)
     matrices = {kernel.module: matrix_spec(kernel, flat[path]) for path, kernel in kernels.items()}
     batch, shards = batch_axes(mesh), batch_shards(mesh)
 
@@ -467,13 +290,13 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _sides(kernel: Kernel, leaf: Leaf) -> tuple[tuple, tuple]:
     """The specs of a kernel's input axes and of its output axes."""
-    rest = tuple(_full(leaf))[len(kernel.stack) :]
+    rest = tuple(full_spec(leaf))[len(kernel.stack) :]
     if kernel.transposed:
         return rest[1:], rest[:1]
     return rest[: len(kernel.ins)], rest[len(kernel.ins) :]
 
 
-def _used_as(path: str, flat: Mapping[str, Leaf], matrices: Mapping[str, tuple]) -> PartitionSpec | None:
+def _used_as(path: str, flat: Mapping[str, Leaf], matrices: Mapping[str, tuple]) -> Spec | None:
     """The spec in which a leaf enters the model, where it is not XLA's to choose.
 
     Factors keep theirs. Embeddings and the head, outside the layers, are gathered over the batch's axes once: a lookup
@@ -485,37 +308,13 @@ def _used_as(path: str, flat: Mapping[str, Leaf], matrices: Mapping[str, tuple])
         stack, p_in, p_out = matrices[module]
         return Spec(*stack, p_in, None) if name == LEFT else Spec(*stack, None, p_out)
     if name == "embedding" or (name == "kernel" and is_output_head(module)):
-        return Spec(*map(_without_batch, _full(flat[path])))
+        return Spec(*map(_without_batch, full_spec(flat[path])))
     return None
 
 
 def _without_batch(part: Any) -> tuple[str, ...] | None:
-    return tuple(name for name in _axes(part) if name not in BATCH_AXES) or None
-
-
-def mesh_of(params: PyTree) -> Mesh:
-    """The mesh that the parameters are spread over.
-
-    Raises:
-        ValueError: parameters that are not on a mesh.
-    """
-    for path, leaf in flatten(params).items():
-        if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
-            raise ValueError(f"{path!r} is not on a mesh: pass the params through shard(params, mesh, rules) first")
-        return leaf.sharding.mesh
-    raise AssertionError("flatten refuses empty trees")
-
-
-def _full(leaf: Leaf) -> PartitionSpec:
-    """The leaf's spec with one entry for each of its dimensions."""
-    spec = leaf.sharding.spec
-    return Spec(*spec, *[None] * (len(leaf.shape) - len(spec)))
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a spec."""
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+    return tuple(name for name in axes_of(part) if name not in BATCH_AXES) or None
 
 
 def _is_spec(value: Any) -> bool:
-    return isinstance(value, PartitionSpec)
+    return isinstance(value, Spec)
