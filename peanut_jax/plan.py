@@ -2,9 +2,9 @@
 
 Memory and traffic are the compiler's; only the time is an estimate. XLA on CPU, which compiles here, computes in
 float32 what is bfloat16 and keeps copies for it, so that a bfloat16 step is compiled as float32 and its temporary
-arrays and collectives are counted at half their bytes. (Llama-3-70B's step, compiled ahead of time for 256 TPU v5e by libtpu
-0.0.51, takes 4.47 GB of temporaries a chip; counted this way, 4.50 GB. What is float32 in either, such as the logits,
-is then counted too low.)
+arrays and collectives are counted at half their bytes. (Llama-3-70B's step, compiled ahead of time for 256 TPU v5e by
+libtpu 0.0.51, takes 4.47 GB of temporaries a chip; counted this way, 4.50 GB. What is float32 in either, such as the
+logits, is then counted too low.)
 """
 
 import dataclasses
