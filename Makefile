@@ -16,7 +16,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/train tests  # the slowest files first
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
