@@ -15,8 +15,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The slowest files come first, so that no worker ends with them alone.
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/train tests  # the slowest files first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/train tests
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
