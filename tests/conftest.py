@@ -25,6 +25,12 @@ settings.register_profile("suite", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that no worker ends with them alone."""
+    slow = ("test_processes.py", "test_sharding.py", "test_run.py", "test_readme.py")
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
+
+
 @pytest.fixture(scope="session")
 def bert():
     """A tiny BERT classifier: `bert.params` are its float32 parameters."""
