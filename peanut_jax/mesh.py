@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import PyTree
 
 from peanut_jax.kernels import Leaf, flatten, replace
+from peanut_jax.models.decoder_config import MODEL_TYPES
 
 Rules = Sequence[tuple[str, Spec]]
 
@@ -51,7 +52,6 @@ _RULES: Mapping[tuple[str, ...], Rules] = {
         (r".*", Spec()),
     ),
 }
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def rules_for(model_type: str, *, scan_layers: bool = True) -> Rules:
@@ -64,7 +64,7 @@ def rules_for(model_type: str, *, scan_layers: bool = True) -> Rules:
     Raises:
         ValueError: an architecture without a table.
     """
-    if model_type in DECODERS:
+    if model_type in MODEL_TYPES:
         stack = (None,) if scan_layers else ()
         return (
             (r"model/embed_tokens/embedding", Spec("tensor", "fsdp")),
@@ -76,7 +76,7 @@ def rules_for(model_type: str, *, scan_layers: bool = True) -> Rules:
     for names, rules in _RULES.items():
         if model_type in names:
             return rules
-    known = sorted({name for names in (*_RULES, DECODERS) for name in names})
+    known = sorted({name for names in (*_RULES, MODEL_TYPES) for name in names})
     raise ValueError(f"no sharding rules for {model_type!r} (there are some for {', '.join(known)}): pass your own")
 
 
@@ -213,7 +213,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, Spec(batch_axes(mesh)))
 
 
-def check_batch(rows: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+def check_batch(rows: int, mesh: Mesh | AbstractMesh, accumulate_steps: int = 1) -> None:
     """Raises a ValueError for a batch that would not be cut evenly, and then be computed whole by every device."""
     if rows < 1 or rows % (batch_shards(mesh) * accumulate_steps):
         raise ValueError(

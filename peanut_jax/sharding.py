@@ -242,7 +242,8 @@ def constrain(fn: Callable, params: PyTree, axes: Axes | None = None) -> Callabl
         axes: As for `init`.
     """
     mesh = mesh_of(params)
-    flat, kernels = flatten(params), find(flatten(params), axes)
+    flat = flatten(params)
+    kernels = find(flat, axes)
     # Inside the step every axis is Auto, whatever it is outside.
     auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     cuts = {kernel.module: _sides(kernel, flat[path]) for path, kernel in kernels.items()}

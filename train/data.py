@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from peanut_jax.sharding import batch_shards
+from peanut_jax.sharding import check_batch
 
 Row = Mapping[str, np.ndarray]
 Batch = dict[str, jax.Array]
@@ -85,12 +85,7 @@ def local_rows(batch_size: int, sharding: NamedSharding) -> list[int]:
     Raises:
         ValueError: a batch that does not divide.
     """
-    shards = batch_shards(sharding.mesh)
-    if batch_size % shards:
-        raise ValueError(
-            f"{batch_size} rows do not divide over the data axes of the mesh ({shards} shards): change batch_size or "
-            "the mesh"
-        )
+    check_batch(batch_size, sharding.mesh)
     index = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({i for part in index if part for i in range(*part[0].indices(batch_size))})
 

@@ -13,16 +13,24 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import peanut_jax as pj
 from peanut_jax.checkpoint import Checkpoints, differences, read_about
-from peanut_jax.sharding import batch_sharding, constrain, init_state, make_mesh, mesh_of, sharded_train_step
+from peanut_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    constrain,
+    init_state,
+    make_mesh,
+    mesh_of,
+    sharded_train_step,
+)
 from peanut_jax.training import TrainState
 from train import tasks
 from train.config import Run
-from train.data import batch_shapes, batches, identity, in_order, local_rows
-from train.distributed import is_first, on_first
+from train.data import batch_shapes, batches, identity, in_order
+from train.distributed import is_first, on_first, several
 from train.guard import guard, guarded, leaf_name
 from train.recorder import Meter, Recorder, plot_curves, progress
 from train.run_folder import describe, note_resume, open_run, write_run
@@ -65,7 +73,7 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
     """
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(run.mesh)
-        _check_batch(run, mesh)
+        check_batch(run.loop.batch_size, mesh, run.loop.accumulate_steps)
         on_first(lambda: _open(run, folder, stack, resume))
         task = tasks.build(run.task, mesh, run.rules, run.loop.seed)
         data = {name: identity(rows) for name in ("train", "evaluation") if (rows := getattr(task, name)) is not None}
@@ -80,17 +88,6 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
-
-
-def _check_batch(run: Run, mesh: Mesh) -> None:
-    """Raises before all else what `local_rows` would raise later."""
-    loop = run.loop
-    try:
-        local_rows(loop.batch_size // loop.accumulate_steps, batch_sharding(mesh))
-    except ValueError as error:
-        raise ValueError(
-            f"loop.batch_size={loop.batch_size} in accumulate_steps={loop.accumulate_steps} microbatches: {error}"
-        ) from error
 
 
 def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> None:
@@ -275,7 +272,7 @@ class _Watch:
 @contextlib.contextmanager
 def _signalled() -> Iterator[Callable[[int], str | None]]:
     """`asked(step)`: the name of a signal to stop that came, and after the same step on every process; else None."""
-    if jax.process_count() > 1:
+    if several():
         # The processes agree on a step through jax.distributed, which has its own handler for SIGTERM.
         earlier = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         try:
