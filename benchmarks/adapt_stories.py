@@ -19,10 +19,10 @@ import optax
 from transformers import AutoTokenizer
 
 import peanut_jax as pj
-from peanut_jax.config import Config
+from peanut_jax.methods.base import Config
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.loading import load_decoder
-from train.packing import pack
+from peanut_jax.trainer.packing import pack
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

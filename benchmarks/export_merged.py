@@ -22,7 +22,7 @@ from benchmarks.memory import MB, in_own_process, measure
 from peanut_jax import PeanutConfig
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
-from peanut_jax.interop.peft_files import ModuleAdapters, write
+from peanut_jax.interop.peft_folder import ModuleAdapters, write
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 

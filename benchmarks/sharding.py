@@ -40,7 +40,7 @@ from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 
 import peanut_jax as pj
 from peanut_jax import hlo
-from peanut_jax.config import ORIENTATIONS, Config
+from peanut_jax.methods.base import ORIENTATIONS, Config
 from peanut_jax.models.decoder import CHUNK, Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, from_hf
 from peanut_jax.plan import device_bytes

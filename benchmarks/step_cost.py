@@ -31,11 +31,11 @@ from transformers import FlaxLlamaForCausalLM, LlamaConfig
 import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio, stepping
 from peanut_jax import hlo
-from peanut_jax.config import Config
-from peanut_jax.kernels import flatten, replace
+from peanut_jax.base.kernels import flatten, replace
+from peanut_jax.methods.base import Config
+from peanut_jax.methods.tweaker import delta
 from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import REMAT_POLICIES, from_hf
-from peanut_jax.tweaker import delta
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 METHODS = ("lora", "peanut", "materialized", "merged")

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import alternate, median_ratio
-from peanut_jax import tweaker
-from peanut_jax.activations import ACTIVATIONS
+from peanut_jax.methods import tweaker
+from peanut_jax.methods.activations import ACTIVATIONS
 
 
 def plain(kernel: jax.Array, theta: dict, orientation: str) -> tuple[jax.Array, jax.Array]:

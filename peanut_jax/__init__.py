@@ -1,14 +1,14 @@
 """PEANuT (arXiv:2410.01870) for Flax: weight-aware adapters at LoRA's cost."""
 
 from peanut_jax.adapters import combine, count, factors, init, merge, with_saved
-from peanut_jax.config import LoraConfig, PeanutConfig
-from peanut_jax.intercept import adapt, intercept
+from peanut_jax.base.kernels import kernel_axes
+from peanut_jax.base.select import select
+from peanut_jax.frontends.linen import adapt, intercept
 from peanut_jax.interop.fingerprint import fingerprint
 from peanut_jax.interop.lora import from_lora, init_from_factors, to_lora
 from peanut_jax.interop.merged import export_merged
 from peanut_jax.interop.peft import load_adapter, save_adapter
-from peanut_jax.kernels import kernel_axes
-from peanut_jax.targets import select
+from peanut_jax.methods.base import LoraConfig, PeanutConfig
 from peanut_jax.training import TrainState, freeze, make_train_step, partition, trainable_mask
 
 __version__ = "0.1.0"

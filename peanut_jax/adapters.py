@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from peanut_jax import tweaker
-from peanut_jax.activations import ACTIVATIONS
-from peanut_jax.config import Config, LoraConfig, PeanutConfig
-from peanut_jax.kernels import Axes, Kernel, Leaf, flatten, replace
-from peanut_jax.targets import Target, saved_paths, select
+from peanut_jax.base.kernels import Axes, Kernel, Leaf, flatten, replace
+from peanut_jax.base.select import Target, saved_paths, select
+from peanut_jax.methods import tweaker
+from peanut_jax.methods.activations import ACTIVATIONS
+from peanut_jax.methods.base import Config, LoraConfig, PeanutConfig
 
 NOT_FINITE = "the base kernel holds a NaN or an infinity: {paths}"
 

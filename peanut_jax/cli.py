@@ -15,14 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from peanut_jax.adapters import init
-from peanut_jax.config import ALL_LINEAR, PeanutConfig
-from peanut_jax.interop import peft_files
+from peanut_jax.base.kernels import flatten
+from peanut_jax.files.hub import read_json
+from peanut_jax.interop import peft_folder as peft_files
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.verify import compare
-from peanut_jax.kernels import flatten
+from peanut_jax.methods.base import ALL_LINEAR, PeanutConfig
 from peanut_jax.models import decoder_config, hf
-from peanut_jax.models.hf_files import read_json
 from peanut_jax.models.loading import decoder_shapes
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
 from peanut_jax.sharding import make_mesh, mesh_sizes

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from peanut_jax import hlo
-from peanut_jax.config import Config
-from peanut_jax.kernels import flatten, replace
+from peanut_jax.base.kernels import flatten, replace
+from peanut_jax.methods.base import Config
 from peanut_jax.models.decoder import CHUNK, Decoder, kept_dtype, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.sharding import (

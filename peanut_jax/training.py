@@ -10,8 +10,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import Adapters, factors, labels, saved, with_saved
-from peanut_jax.config import Config
-from peanut_jax.intercept import with_pairs
+from peanut_jax.frontends.linen import with_pairs
+from peanut_jax.methods.base import Config
 
 LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Any]
 

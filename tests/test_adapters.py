@@ -7,7 +7,7 @@ import pytest
 from flax.core import FrozenDict, freeze
 
 import peanut_jax as pj
-from peanut_jax.kernels import flatten
+from peanut_jax.base.kernels import flatten
 
 QUERY = "bert/encoder/layer/{}/attention/self/query/kernel"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jax
 
-from train import config, distributed
-from train.loop import train
+from peanut_jax.trainer import config, distributed
+from peanut_jax.trainer.loop import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="Python file that builds `config`, a train.config.Run")
+    parser.add_argument("config", type=Path, help="Python file that builds `config`, a peanut_jax.trainer.config.Run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     parser.add_argument(

@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import peanut_jax as pj
-from peanut_jax.config import Config
+from peanut_jax.files.folders import check, replacing
+from peanut_jax.methods.base import Config
 from peanut_jax.models import hf
 from train import report
 from train.digits import N_CLASSES, Pictures, Task, tasks
-from train.folders import check, replacing
 from train.methods import HEAD, METHODS, Method
 from train.trainers import (
     LogitsFn,

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from peanut_jax.config import AdapterConfig
-from peanut_jax.interop.names import modules, rows_of
-from peanut_jax.kernels import Axes, flatten
-from peanut_jax.targets import Target, select
+from peanut_jax.base.kernels import Axes, flatten
+from peanut_jax.base.select import Target, select
+from peanut_jax.base.torch_names import modules, rows_of
+from peanut_jax.methods.base import AdapterConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from peanut_jax.adapters import Adapters, check
-from peanut_jax.config import Config, PeanutConfig
-from peanut_jax.interop import fingerprint, names
-from peanut_jax.interop.checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_base
-from peanut_jax.interop.files import check_apart, copy_file, dtype_of, finite, new_folder, write_entry
+from peanut_jax.base import torch_names as names
+from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
+from peanut_jax.files.safetensors import check_apart, copy_file, dtype_of, finite, new_folder, write_entry
+from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_base
+from peanut_jax.interop import fingerprint
 from peanut_jax.interop.lora import Track, tensor_factors
 from peanut_jax.interop.peft import by_module, from_tree
-from peanut_jax.interop.peft_files import ModuleAdapters, label_count, read
-from peanut_jax.models.hf_files import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
-from peanut_jax.tweaker import delta
+from peanut_jax.interop.peft_folder import ModuleAdapters, label_count, read
+from peanut_jax.methods.base import Config, PeanutConfig
+from peanut_jax.methods.tweaker import delta
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from peanut_jax.adapters import Adapters, check, saved
-from peanut_jax.config import Config, PeanutConfig
-from peanut_jax.interop import fingerprint, names
-from peanut_jax.interop.peft_files import ModuleAdapters, read, write
-from peanut_jax.interop.selection import check_modules, flax_saving, flax_selection, torch_saving, torch_selection
-from peanut_jax.kernels import Axes, Kernel, find, flatten
-from peanut_jax.targets import Target, saved_paths, select
+from peanut_jax.base import torch_names as names
+from peanut_jax.base.kernels import Axes, Kernel, find, flatten
+from peanut_jax.base.select import Target, saved_paths, select
+from peanut_jax.interop import fingerprint
+from peanut_jax.interop.peft_folder import ModuleAdapters, read, write
+from peanut_jax.interop.peft_selection import check_modules, flax_saving, flax_selection, torch_saving, torch_selection
+from peanut_jax.methods.base import Config, PeanutConfig
 
 
 def save_adapter(folder: str | Path, adapters: Adapters, config: Config, params: PyTree) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from peanut_jax.adapters import merge
+from peanut_jax.files.hub import local_folder
 from peanut_jax.interop.peft import load_adapter
-from peanut_jax.interop.peft_files import CONFIG_FILE, label_count, read
+from peanut_jax.interop.peft_folder import CONFIG_FILE, label_count, read
 from peanut_jax.models import decoder_config, hf
-from peanut_jax.models.hf_files import local_folder
 from peanut_jax.models.loading import load_decoder
 
 Run = Callable[[PyTree], np.ndarray]

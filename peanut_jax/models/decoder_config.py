@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.models.hf_files import find, read_json
+from peanut_jax.files.hub import find, read_json
 
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("auto", "cudnn", "xla")

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import FactorTree
-from peanut_jax.intercept import with_pairs
+from peanut_jax.frontends.linen import with_pairs
 from peanut_jax.models.decoder import Cache, Decoder, empty_cache
 
 SMALLEST_BUCKET = 16

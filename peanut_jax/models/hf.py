@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from peanut_jax.files.hub import Tensors, find, read_json, read_weights, weight_files
 from peanut_jax.models import hf_faults
-from peanut_jax.models.hf_files import Tensors, find, read_json, read_weights, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import peanut_jax as pj
-from peanut_jax.kernels import flatten
+from peanut_jax.base.kernels import flatten
 from tests.contract.models import BUILD, case_of, compiled
 from tests.oracle.numpy_peanut import delta_weight
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peanut_jax as pj
-from peanut_jax.interop.files import read_header, read_tensors
+from peanut_jax.files.safetensors import read_header, read_tensors
 from peanut_jax.interop.merged import merge_folders
-from peanut_jax.interop.peft_files import CONFIG_FILE, WEIGHTS_FILE, read
+from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read
 from tests.interop.test_peft import drawn
 
 

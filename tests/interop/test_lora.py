@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 import peanut_jax as pj
 from peanut_jax.interop.lora import to_lora_folder
-from peanut_jax.interop.peft_files import CONFIG_FILE, WEIGHTS_FILE
-from peanut_jax.tweaker import delta
+from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from peanut_jax.methods.tweaker import delta
 from tests.interop.conftest import scanned
 from tests.interop.test_peft import TASK_TYPES, assert_identical, drawn, torch_copy
 from tests.oracle import bridge

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
-from peanut_jax.interop.checkpoint import MERGED_FILE
-from peanut_jax.interop.files import read_header
+from peanut_jax.base.kernels import flatten
+from peanut_jax.files.safetensors import read_header
+from peanut_jax.files.torch_checkpoint import MERGED_FILE
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
-from peanut_jax.kernels import flatten
 from peanut_jax.models import hf
 from tests.interop.conftest import scanned
 from tests.interop.test_lora import ALL, assert_logits_close

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
-from peanut_jax.interop.peft_files import CONFIG_FILE, WEIGHTS_FILE
-from peanut_jax.tweaker import delta
+from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE
+from peanut_jax.methods.tweaker import delta
 from tests.interop.conftest import scanned
 from tests.oracle import bridge
 

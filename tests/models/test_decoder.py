@@ -13,7 +13,7 @@ import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import peanut_jax as pj
-from peanut_jax.kernels import flatten
+from peanut_jax.base.kernels import flatten
 from peanut_jax.models.decoder import empty_cache, fits_cudnn
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.loading import load_decoder, torch_names

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peanut_jax import tweaker
-from peanut_jax.activations import ACTIVATIONS
+from peanut_jax.methods import tweaker
+from peanut_jax.methods.activations import ACTIVATIONS
 
 from . import numpy_peanut
 

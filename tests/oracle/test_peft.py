@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import peanut_jax as pj
-from peanut_jax.kernels import flatten
-from peanut_jax.tweaker import delta
+from peanut_jax.base.kernels import flatten
+from peanut_jax.methods.tweaker import delta
 
 from . import bridge
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from peanut_jax.files.folders import check, replacing
 from train import quickstart, report
 from train.digits import batches, split, tasks
-from train.folders import check, replacing
 from train.methods import METHODS
 from train.trainers import Plan, seconds_in_turns
 

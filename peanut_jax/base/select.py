@@ -1,0 +1,239 @@
+"""Which kernels an adapter reads and which modules it trains in full: HF PEFT's selection rules on Flax trees.
+
+Names are matched against dotted module paths (`encoder.layer.0.attention.self.query`), which HF Flax models share with
+their torch counterparts, so that target lists and regular expressions carry over.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from peanut_jax.base.kernels import Axes, Kernel, Leaf, find, flatten, module_of
+from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, AdapterConfig
+
+# Architectures (HF's model_type) -> the modules that `target_modules=None` adapts. An architecture is told by its
+# module names: the first row of which every name is in the tree. Source: peft 0.21.2, `peft/utils/constants.py`
+# TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, which its PEANuT uses too; ViT and its kin are ours, the paper's
+# choice (table 8).
+DEFAULTS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("gpt2",): ("c_attn",),
+    ("bloom", "gpt_neox", "falcon"): ("query_key_value",),
+    ("bert", "roberta", "xlm-roberta", "electra", "roberta-prelayernorm", "roformer", "big_bird"): ("query", "value"),
+    ("albert", "vit", "beit", "dinov2"): ("query", "value"),
+    ("llama", "mistral", "gemma", "qwen2", "qwen3"): ("q_proj", "v_proj"),
+    ("opt", "gptj", "gpt_neo", "bart", "mbart", "marian", "pegasus", "blenderbot", "xglm", "whisper", "clip"): (
+        "q_proj",
+        "v_proj",
+    ),
+    ("distilbert",): ("q_lin", "v_lin"),
+    ("t5", "mt5", "longt5"): ("q", "v"),
+}
+
+# "all-linear" leaves these out: the projection to classes or vocabulary of HF's Flax heads.
+_OUTPUT_HEAD = re.compile(
+    r"(lm_head|classifier|score|qa_outputs|embed_out|proj_out)(\.decoder)?"
+    r"|(cls|generator_lm_head|predictions)(\.predictions)?\.decoder|vocab_projector"
+)
+
+
+def is_output_head(module: str) -> bool:
+    """Whether a dotted module path is a projection to classes or vocabulary."""
+    return _OUTPUT_HEAD.fullmatch(module) is not None
+
+
+_KINDS = {"embedding": "Embed", "scale": "LayerNorm", "kernel": "Conv"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel that is adapted, and on a layer stack the rows that are (None: all of them)."""
+
+    kernel: Kernel
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of this target's theta."""
+        return self.kernel.stack if self.rows is None else (len(self.rows), *self.kernel.stack[1:])
+
+    def matrix(self, stored: Leaf) -> Array:
+        """The adapted rows of the stored kernel, as [*stack, d_in, d_out]."""
+        matrix = self.kernel.matrix(stored)
+        return matrix if self.rows is None else matrix[jnp.array(self.rows)]
+
+
+def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> dict[str, Target]:
+    """The kernels that `config` adapts in `params`, by path, in the tree's order.
+
+    Args:
+        params: Frozen base parameters (arrays or `jax.ShapeDtypeStruct`s).
+        config: See `AdapterConfig`.
+        axes: From `kernel_axes`; only DenseGeneral kernels without a bias need it.
+
+    Raises:
+        ValueError: a target, exclusion, layer or saved module that matches nothing; everything excluded; no default.
+        NotImplementedError: a target that is no dense kernel.
+
+    References:
+        `check_target_module_exists` in `peft/tuners/tuners_utils.py` of huggingface/peft 0.21.2. Ours differs in that
+        an entry without a match is an error, and `layers_to_transform` also applies to regular expressions.
+    """
+    flat = flatten(params)
+    kernels = {kernel.module: kernel for kernel in find(flat, axes).values()}
+    modules = _modules(flat)
+    names = default_targets(kernels) if config.target_modules is None else config.target_modules
+    if isinstance(names, str) and names.lower() == ALL_LINEAR:
+        chosen = [module for module in kernels if not is_output_head(module)]
+    else:
+        chosen = _matching("target_modules", names, modules, kernels)
+        for module in chosen:
+            if module not in kernels:
+                raise NotImplementedError(
+                    f"target {module!r} is {_kind(module, flat)}; PEANuT adapts dense kernels "
+                    "(nn.Dense, nn.DenseGeneral, FlaxConv1D)"
+                )
+    saved = saved_modules(flat, config)
+    chosen = [module for module in chosen if not any(_within(module, name) for name in saved)]
+    if config.exclude_modules is not None:
+        excluded = set(_matching("exclude_modules", config.exclude_modules, chosen))
+        chosen = [module for module in chosen if module not in excluded]
+    if not chosen:
+        raise ValueError(
+            f"target_modules={names!r} leaves no kernel once exclude_modules={config.exclude_modules!r} and "
+            f"modules_to_save={list(saved)!r} are taken out"
+        )
+    for module in chosen:
+        dtype = flat[kernels[module].path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise NotImplementedError(f"target {module!r} has dtype {dtype}; PEANuT adapts floating-point kernels")
+    targets = _layers([kernels[module] for module in chosen], config)
+    return {target.kernel.path: target for target in targets}
+
+
+def saved_modules(flat: Mapping[str, Leaf], config: AdapterConfig) -> tuple[str, ...]:
+    """The dotted paths of the modules that are trained in full: `modules_to_save` and the head of `task_type`.
+
+    Raises:
+        ValueError: a name that is no module, or a task whose head is not in the tree.
+    """
+    modules = _modules(flat)
+    named = _matching("modules_to_save", config.modules_to_save, modules) if config.modules_to_save else []
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    own = [module for module in modules if module in heads]
+    if heads and not own:
+        raise ValueError(
+            f"task_type={config.task_type!r} trains the head {' or '.join(heads)}, but the model has none; "
+            f"its top-level modules are {sorted({module.partition('.')[0] for module in modules})}"
+        )
+    return tuple(dict.fromkeys([*named, *own]))
+
+
+def saved_paths(flat: Mapping[str, Leaf], config: AdapterConfig) -> tuple[str, ...]:
+    """The leaves of the saved modules."""
+    saved = saved_modules(flat, config)
+    return tuple(path for path in flat if any(_within(module_of(path), name) for name in saved))
+
+
+def default_targets(modules: Iterable[str]) -> tuple[str, ...]:
+    """The row of `DEFAULTS` that fits the module names.
+
+    Raises:
+        ValueError: if none does.
+    """
+    last = {module.rpartition(".")[2] for module in modules}
+    for names in DEFAULTS.values():
+        if last.issuperset(names):
+            return names
+    known = sorted(name for row in DEFAULTS for name in row)
+    raise ValueError(
+        f"no default target_modules for this model; set them to some of {sorted(last)}. "
+        f"Architectures with a default: {', '.join(known)}"
+    )
+
+
+def _modules(flat: Mapping[str, Leaf]) -> list[str]:
+    """Every module path, containers included."""
+    modules: dict[str, None] = {}
+    for path in flat:
+        parts = path.split("/")[:-1]
+        modules.update({".".join(parts[: i + 1]): None for i in range(len(parts))})
+    return list(modules)
+
+
+def _matching(
+    field: str, names: str | Sequence[str], modules: Sequence[str], kernels: Iterable[str] | None = None
+) -> list[str]:
+    """The modules that `names` selects, each entry of a list at least one. `kernels` narrows what an error suggests."""
+    if isinstance(names, str):
+        found = [module for module in modules if re.fullmatch(names, module)]
+        if not found:
+            raise ValueError(f"{field}={names!r} (a regular expression) matched none of {len(modules)} modules")
+        return found
+    chosen = set()
+    for name in names:
+        found = [module for module in modules if module == name or module.endswith(f".{name}")]
+        if not found:
+            known, noun = (modules, "modules") if kernels is None else (list(kernels), "kernels")
+            raise ValueError(f"{field} entry {name!r} matched none of {len(known)} {noun}{_closest(name, known)}")
+        chosen.update(found)
+    return [module for module in modules if module in chosen]
+
+
+def _within(module: str, container: str) -> bool:
+    return module == container or module.startswith(f"{container}.")
+
+
+def _closest(name: str, candidates: Sequence[str]) -> str:
+    """`; closest: ...`, compared with as many trailing parts as the name itself has."""
+    depth = name.count(".") + 1
+    tails = {".".join(module.split(".")[-depth:]): module for module in reversed(candidates)}
+    best = difflib.get_close_matches(name, tails, n=1, cutoff=0.0)
+    return f"; closest: {tails[best[0]]!r}" if best else ""
+
+
+def _kind(module: str, flat: Mapping[str, Leaf]) -> str:
+    prefix = module.replace(".", "/") + "/"
+    for leaf, kind in _KINDS.items():
+        if prefix + leaf in flat:
+            return f"of type {kind}, with {leaf} {tuple(flat[prefix + leaf].shape)}"
+    return "a container of modules"
+
+
+def _layers(kernels: Sequence[Kernel], config: AdapterConfig) -> list[Target]:
+    """Keeps the kernels of `layers_to_transform`: whole ones by the index in their path, rows of a layer stack."""
+    if config.layers_to_transform is None:
+        return [Target(kernel) for kernel in kernels]
+    wanted = config.layers_to_transform
+    wanted = (wanted,) if isinstance(wanted, int) else tuple(sorted(set(wanted)))
+    patterns = config.layers_pattern or r"[^.]*"
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    kept, available = [], set()
+    for kernel in kernels:
+        index = _layer_index(kernel.module, patterns)
+        if index is not None:
+            available.add(index)
+            if index in wanted:
+                kept.append(Target(kernel))
+        elif kernel.stack:
+            available.update(range(kernel.stack[0]))
+            kept.append(Target(kernel, tuple(i for i in wanted if i < kernel.stack[0])))
+    missing = sorted(set(wanted) - available)
+    if missing:
+        have = f"layers 0 to {max(available)}" if available else "no numbered layer"
+        raise ValueError(
+            f"layers_to_transform={list(wanted)}: layers {missing} match no target; the targets have {have} "
+            f"(layers_pattern={config.layers_pattern!r})"
+        )
+    return [target for target in kept if target.rows != ()]
+
+
+def _layer_index(module: str, patterns: Sequence[str]) -> int | None:
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
+        if match:
+            return int(match["index"])
+    return None

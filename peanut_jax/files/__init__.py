@@ -1,0 +1,1 @@
+"""What is on disk: folders, safetensors, the hub, checkpoints of PyTorch."""

@@ -1,0 +1,135 @@
+"""The files of a Hugging Face checkpoint, in a folder or the hub's cache: safetensors or msgpack, whole or in shards.
+
+Pickle files are never read.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict
+
+from peanut_jax.files.safetensors import open_safetensors
+
+WEIGHTS = ("model.safetensors", "flax_model.msgpack")
+INDEX_FILE = "model.safetensors.index.json"
+# Files of a hub repository that hold the same weights for others to read.
+NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
+Tensors = dict[str, np.ndarray]
+
+
+def find(source: str, filename: str, revision: str | None) -> Path | None:
+    """A file of the folder or of the hub repository; None where it has no such file."""
+    if Path(source).is_dir():
+        path = Path(source, filename)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:  # ValueError: no name that the hub could have
+        what = f"{source!r} is no folder here, and the hub gave no {filename}"
+        raise FileNotFoundError(f"{what}: {error}") from error
+    return Path(found) if found else None
+
+
+def local_folder(source: str, revision: str | None = None) -> Path:
+    """The folder, or the hub repository's files in the cache, without pickles and other frameworks' weights.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or len(Path(source).parts) > 2 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source!r} is no folder here")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=list(NOT_FETCHED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{source!r} is no folder here, and the hub did not give it: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
+def weight_files(source: str, revision: str | None) -> list[Path]:
+    """The file or the shards to read."""
+    for filename in WEIGHTS:
+        if path := find(source, filename, revision):
+            return [path]
+        if index := find(source, f"{filename}.index.json", revision):
+            return _shards(source, index, revision)
+    folder = Path(source)
+    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir()))})" if folder.is_dir() else ""
+    raise FileNotFoundError(
+        f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
+        "read: convert them once where PyTorch is installed, with "
+        "AutoModel.from_pretrained(source).save_pretrained(folder, safe_serialization=True)"
+    )
+
+
+def _shards(source: str, index: Path, revision: str | None) -> list[Path]:
+    names = set(read_index(index)["weight_map"].values())
+    files = {name: find(source, name, revision) for name in sorted(names)}
+    if absent := [name for name, path in files.items() if path is None]:
+        raise FileNotFoundError(f"{index} lists {', '.join(absent)}, which is missing; fetch it again")
+    return [path for path in files.values() if path]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint in shards.
+
+    Raises:
+        ValueError: no weight_map, or one that leads out of the folder.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{path} must hold a weight_map from tensor names to files beside it")
+    return index
+
+
+def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:
+    """Every tensor by its dotted name, and whether names and layouts are Flax's already."""
+    tensors: Tensors = {}
+    for path in files:
+        content, kind = _read_safetensors(path) if path.suffix == ".safetensors" else _read_msgpack(path)
+        if kind not in ("pt", "flax"):
+            raise ValueError(f"{path} was saved by {kind!r}; only 'pt' (PyTorch) and 'flax' can be read")
+        tensors |= content
+    return tensors, kind == "flax"
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, str]:
+    with open_safetensors(path) as file:
+        names, kind = file.keys(), (file.metadata() or {}).get("format", "pt")
+        return {name: file.get_tensor(name) for name in names}, kind
+
+
+def _read_msgpack(path: Path) -> tuple[Tensors, str]:
+    try:
+        return flatten_dict(msgpack_restore(path.read_bytes()), sep="."), "flax"
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error

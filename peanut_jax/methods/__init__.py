@@ -1,0 +1,1 @@
+"""The methods: each file is one, the config and its mathematics together."""

@@ -1,0 +1,45 @@
+"""Many devices: a base laid out on a mesh by rules (`mesh`), and what follows from it (`derived`)."""
+
+from peanut_jax.sharding.derived import (
+    constrain,
+    init_state,
+    sharded_train_step,
+    state_shapes,
+    state_shardings,
+)
+from peanut_jax.sharding.mesh import (
+    AXES,
+    BATCH_AXES,
+    Rules,
+    batch_axes,
+    batch_sharding,
+    batch_shards,
+    check_batch,
+    make_mesh,
+    mesh_of,
+    mesh_sizes,
+    param_shardings,
+    rules_for,
+    shard,
+)
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "Rules",
+    "batch_axes",
+    "batch_sharding",
+    "batch_shards",
+    "check_batch",
+    "constrain",
+    "init_state",
+    "make_mesh",
+    "mesh_of",
+    "mesh_sizes",
+    "param_shardings",
+    "rules_for",
+    "shard",
+    "sharded_train_step",
+    "state_shapes",
+    "state_shardings",
+]

@@ -1,0 +1,1 @@
+"""Training from a config: what `peanut-jax train` runs."""

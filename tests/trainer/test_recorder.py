@@ -1,0 +1,220 @@
+"""A run's metrics: kept, cut back upon resume, drawn, and shown while it runs."""
+
+import json
+import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from peanut_jax.trainer import recorder
+from peanut_jax.trainer.recorder import Recorder, plot_curves, progress, read_metrics
+
+ROOT = Path(recorder.__file__).parents[1]
+BAR = """
+from peanut_jax.trainer.recorder import progress
+with progress(200, 100, "training") as meter:
+    meter.update(150, loss=0.5, rate=1234.0, step_seconds=0.5)
+"""
+
+
+def write(folder, rows, **kwargs):
+    with Recorder(folder, **kwargs) as out:
+        for step, metrics in rows:
+            out.log(step, metrics)
+
+
+def losses(steps):
+    return [(step, {"train/loss": 1 / step}) for step in steps]
+
+
+def steps(folder):
+    return [row["step"] for row in read_metrics(folder)]
+
+
+def events(folder):
+    """Every event of every TensorBoard file, from the bytes on disk: length (8), CRC (4), event, CRC (4)."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def scalars(folder):
+    """step, tag, value"""
+    return [(event.step, v.tag, v.simple_value) for event in events(folder) for v in event.summary.value]
+
+
+def test_metrics_come_back_as_they_were_logged(tmp_path):
+    write(tmp_path, [(1, {"train/loss": jnp.float32(0.5)}), (2, {"eval/loss": np.float64(0.1), "eval/accuracy": 1})])
+    first, second = read_metrics(tmp_path)
+    assert set(first) == {"step", "time", "train/loss"}
+    assert (first["step"], first["train/loss"]) == (1, 0.5)
+    assert (second["step"], second["eval/loss"], second["eval/accuracy"]) == (2, 0.1, 1.0)
+    assert 0 <= second["time"] - first["time"] < 60
+
+
+def test_a_line_is_on_disk_at_once(tmp_path):
+    with Recorder(tmp_path) as out:
+        out.log(1, {"train/loss": 0.5})
+        assert steps(tmp_path) == [1]
+
+
+def test_what_is_not_finite_is_still_json(tmp_path):
+    write(tmp_path, [(1, {"a": math.nan, "b": math.inf, "c": -math.inf})])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["a"], line["b"], line["c"]) == ("nan", "inf", "-inf")
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["a"])
+    assert (row["b"], row["c"]) == (math.inf, -math.inf)
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+    write(tmp_path, [(3, {"train/loss": 0.5, "eval/loss": 0.25}), (4, {"train/loss": math.nan})])
+    *found, (step, tag, value) = scalars(tmp_path)
+    assert found == [(3, "train/loss", 0.5), (3, "eval/loss", 0.25)]
+    assert (step, tag) == (4, "train/loss")
+    assert math.isnan(value)
+
+
+def test_resume_drops_what_will_be_done_again(tmp_path):
+    write(tmp_path, losses(range(1, 9)))
+    earlier = read_metrics(tmp_path)
+    write(tmp_path, [(6, {"train/loss": 7.0})], resume_step=5)
+    *kept, last = read_metrics(tmp_path)
+    assert kept == earlier[:5]
+    assert (last["step"], last["train/loss"]) == (6, 7.0)
+
+
+def test_resume_tells_tensorboard_from_where_and_keeps_its_files(tmp_path):
+    write(tmp_path, losses(range(1, 9)))
+    write(tmp_path, [(6, {"train/loss": 7.0})], resume_step=5)  # within the second: the files must differ in name
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert starts == [1, 6]
+    assert [step for step, _, _ in scalars(tmp_path)] == [*range(1, 9), 6]
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_the_next_one_whole(tmp_path):
+    write(tmp_path, losses(range(1, 4)))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert steps(tmp_path) == [1, 2]
+    write(tmp_path, losses([3]), resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_damage_elsewhere_is_an_error_and_touches_nothing(tmp_path):
+    write(tmp_path, losses(range(1, 4)))
+    path = tmp_path / "metrics.jsonl"
+    damaged = path.read_text().replace('"step": 2', '"step')
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no JSON"):
+        Recorder(tmp_path, resume_step=3)
+    assert path.read_text() == damaged
+
+
+def every_metric(step):
+    train = {"train/loss": 3 / step, "train/learning_rate": 1e-4 * step, "train/grad_norm": 2 / step}
+    return train | {"eval/loss": 4 / step, "eval/accuracy": 0.5, "eval/perplexity": 90.0}
+
+
+NAN = dict.fromkeys(every_metric(1), math.nan)
+RUNS = {
+    "one point": ([(7, every_metric(7))], 3),
+    "all": ([(step, every_metric(step)) for step in range(1, 10)], 3),
+    "many": ([(step, every_metric(step)) for step in range(1, 400)], 3),
+    "losses": (losses(range(1, 5)), 1),
+    "gradient norm": ([(1, {"train/grad_norm": 0.0}), (2, {"train/grad_norm": math.inf})], 1),
+    "diverged": ([(1, every_metric(1)), (2, NAN), (3, every_metric(3)), (4, NAN)], 3),
+    "NaN": ([(1, NAN), (2, NAN)], 3),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("rows", "n_panels"), RUNS.values(), ids=RUNS)
+def test_curves_have_a_panel_for_what_was_logged(tmp_path, rows, n_panels):
+    write(tmp_path, rows)
+    path = plot_curves(tmp_path)
+    assert path == tmp_path / "curves.png"
+    with Image.open(path) as picture:
+        size = picture.size
+    assert size == (880, pytest.approx(110 * (0.7 + 2.7 * n_panels), abs=2))
+
+
+def test_a_finite_point_between_nans_can_be_seen(tmp_path):
+    names = ("train/loss", "eval/loss", "train/learning_rate", "train/grad_norm")
+    points = {name: 0.5 + i for i, name in enumerate(names)}
+    write(tmp_path, [(1, dict.fromkeys(names, math.nan)), (2, points), (3, dict.fromkeys(names, math.nan))])
+    with Image.open(plot_curves(tmp_path)) as picture:
+        pixels = np.array(picture.convert("RGB"))
+    middle = pixels[:, 400:500].reshape(-1, 3)  # where step 2 is, and no legend
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)):
+        assert (middle == colour).all(1).sum() > 4, colour
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    write(tmp_path, [(1, {"train/tokens": 5})])
+    with pytest.raises(ValueError, match="no metric to draw"):
+        plot_curves(tmp_path)
+
+
+def test_the_moving_average_passes_over_nan():
+    values = np.array([1.0, 2.0, np.nan, 4.0, 6.0])
+    np.testing.assert_allclose(recorder._moving_average(values, 3), [1.5, 1.5, np.nan, 5.0, 5.0])
+
+
+def test_without_a_terminal_every_update_is_a_line(capsys):
+    with progress(200, 100, "training", rate_unit="examples/s") as meter:
+        meter.update(150, loss=jnp.float32(0.5), rate=1234.4, step_seconds=0.5)
+        meter.update(200, loss=math.nan, rate=0.0, step_seconds=0.25)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "training 150/200  loss 0.5  1,234 examples/s  500.0 ms  elapsed 0:00:00  ETA 0:00:25",
+        "training 200/200  loss nan  0 examples/s  250.0 ms  elapsed 0:00:00  ETA 0:00:00",
+    ]
+
+
+def test_other_processes_are_silent(capsys):
+    with progress(2, 0, "training", enabled=False) as meter:
+        meter.update(1, loss=0.5, rate=1.0, step_seconds=0.5)
+    assert capsys.readouterr() == ("", "")
+
+
+def read_all(fd):
+    """What comes out of a pseudo-terminal, whose end is an error on Linux."""
+    data = b""
+    try:
+        while chunk := os.read(fd, 4096):
+            data += chunk
+    except OSError:
+        pass
+    return data.decode()
+
+
+def test_on_a_terminal_a_bar_of_80_columns_shows_it_all():
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen((sys.executable, "-c", BAR), cwd=ROOT, stderr=theirs, env=environment):
+        os.close(theirs)
+        shown = read_all(ours)
+    os.close(ours)
+    for text in ("training", "━", "150/200", "loss 0.5", "1,234 tokens/s", "500.0 ms", "0:00:00", "ETA 0:00:25"):
+        assert text in shown, shown
