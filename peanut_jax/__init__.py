@@ -1,9 +1,8 @@
 """PEANuT (arXiv:2410.01870) for Flax: weight-aware adapters at LoRA's cost."""
 
 from peanut_jax.adapters import combine, count, factors, init, merge, with_saved
-from peanut_jax.base.kernels import kernel_axes
 from peanut_jax.base.select import select
-from peanut_jax.frontends.linen import adapt, intercept
+from peanut_jax.frontends.linen import adapt, intercept, kernel_axes
 from peanut_jax.interop.fingerprint import fingerprint
 from peanut_jax.interop.lora import from_lora, init_from_factors, to_lora
 from peanut_jax.interop.merged import export_merged

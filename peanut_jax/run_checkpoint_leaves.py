@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from jaxtyping import Array, PyTree, UInt32
 
-from peanut_jax.interop.fingerprint import SEEDS, position_weights
+from peanut_jax.base.digest import SEEDS, position_weights
 from peanut_jax.training import TrainState
 
 ARRAYS, NOTE = "state", "note"

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from peanut_jax.files.safetensors import write_text
+from peanut_jax.files.atomic import write_text
 from peanut_jax.run_checkpoint_leaves import (
     ABSENT,
     ARRAYS,

@@ -8,12 +8,11 @@ layout and the one of the mathematics.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
@@ -181,31 +180,3 @@ def _conv1d_blocks(flat: Mapping[str, Leaf]) -> set[str]:
         if path.endswith("attn/c_attn/kernel") and leaf.ndim >= 2 and leaf.shape[-2] > leaf.shape[-1]
         if (block := _block(path)) is not None
     }
-
-
-def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tuple[int, int]]:
-    """(Input axes, output axes) of every dense kernel that `fn(params, *args, **kwargs)` calls, traced without running.
-
-    Needed only for a model with `nn.DenseGeneral` kernels that have no bias: pass the result to `init`.
-
-    Example:
-        axes = pj.kernel_axes(model.apply, variables, tokens)
-        adapters = pj.init(key, variables, config, axes=axes)
-    """
-    seen: dict[str, tuple[int, int]] = {}
-
-    def record(next_fun, call_args, call_kwargs, context):
-        module = context.module
-        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.DenseGeneral)):
-            general = isinstance(module, nn.DenseGeneral)
-            counts = (_length(module.axis), _length(module.features)) if general else (1, 1)
-            seen["/".join((*module.path, "kernel"))] = counts
-        return next_fun(*call_args, **call_kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda p: fn(p, *args, **kwargs), params)
-    return seen
-
-
-def _length(value: int | Sequence[int]) -> int:
-    return len(value) if isinstance(value, Sequence) else 1

@@ -12,38 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from peanut_jax.architectures import default_targets, is_output_head
 from peanut_jax.base.kernels import Axes, Kernel, Leaf, find, flatten, module_of
 from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, AdapterConfig
-
-# Architectures (HF's model_type) -> the modules that `target_modules=None` adapts. An architecture is told by its
-# module names: the first row of which every name is in the tree. Source: peft 0.21.2, `peft/utils/constants.py`
-# TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, which its PEANuT uses too; ViT and its kin are ours, the paper's
-# choice (table 8).
-DEFAULTS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("gpt2",): ("c_attn",),
-    ("bloom", "gpt_neox", "falcon"): ("query_key_value",),
-    ("bert", "roberta", "xlm-roberta", "electra", "roberta-prelayernorm", "roformer", "big_bird"): ("query", "value"),
-    ("albert", "vit", "beit", "dinov2"): ("query", "value"),
-    ("llama", "mistral", "gemma", "qwen2", "qwen3"): ("q_proj", "v_proj"),
-    ("opt", "gptj", "gpt_neo", "bart", "mbart", "marian", "pegasus", "blenderbot", "xglm", "whisper", "clip"): (
-        "q_proj",
-        "v_proj",
-    ),
-    ("distilbert",): ("q_lin", "v_lin"),
-    ("t5", "mt5", "longt5"): ("q", "v"),
-}
-
-# "all-linear" leaves these out: the projection to classes or vocabulary of HF's Flax heads.
-_OUTPUT_HEAD = re.compile(
-    r"(lm_head|classifier|score|qa_outputs|embed_out|proj_out)(\.decoder)?"
-    r"|(cls|generator_lm_head|predictions)(\.predictions)?\.decoder|vocab_projector"
-)
-
-
-def is_output_head(module: str) -> bool:
-    """Whether a dotted module path is a projection to classes or vocabulary."""
-    return _OUTPUT_HEAD.fullmatch(module) is not None
-
 
 _KINDS = {"embedding": "Embed", "scale": "LayerNorm", "kernel": "Conv"}
 
@@ -136,23 +107,6 @@ def saved_paths(flat: Mapping[str, Leaf], config: AdapterConfig) -> tuple[str, .
     """The leaves of the saved modules."""
     saved = saved_modules(flat, config)
     return tuple(path for path in flat if any(_within(module_of(path), name) for name in saved))
-
-
-def default_targets(modules: Iterable[str]) -> tuple[str, ...]:
-    """The row of `DEFAULTS` that fits the module names.
-
-    Raises:
-        ValueError: if none does.
-    """
-    last = {module.rpartition(".")[2] for module in modules}
-    for names in DEFAULTS.values():
-        if last.issuperset(names):
-            return names
-    known = sorted(name for row in DEFAULTS for name in row)
-    raise ValueError(
-        f"no default target_modules for this model; set them to some of {sorted(last)}. "
-        f"Architectures with a default: {', '.join(known)}"
-    )
 
 
 def _modules(flat: Mapping[str, Leaf]) -> list[str]:

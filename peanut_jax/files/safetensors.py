@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from peanut_jax.files.atomic import replacing
 
 # Tensors of other dtypes (quantised ones) are copied but not read.
 _DTYPES = {
@@ -152,81 +151,6 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
         save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
 
 
-def write_text(path: Path, text: str) -> None:
-    """A new text file, which appears under its name once it is whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name at the end, or is removed after an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
-
-    Args:
-        overwrite: Replace a folder of that name, which stays until the new one is whole.
-        marker: A file that a folder must hold to be replaced, so that a slip of the hand loses nothing else.
-
-    Raises:
-        FileExistsError: the folder exists, and `overwrite` is false or it lacks the marker.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
-    if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
-        raise FileExistsError(
-            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if path.exists():
-            path.replace(old)
-        try:
-            temporary.replace(path)
-        except BaseException:
-            if old.exists():
-                old.replace(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{error.strerror}, writing {path}; nothing of it was left behind") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_apart(folder: Path, *sources: Path) -> None:
-    """Refuses an output folder that is, holds or lies in one of the folders that are read."""
-    folder = folder.resolve()
-    for source in (one.resolve() for one in sources):
-        if source == folder or source in folder.parents or folder in source.parents:
-            raise ValueError(f"the output folder {folder} and {source}, which is read, must lie apart")
-
-
 def finite(array: np.ndarray) -> bool:
     """No NaN and no infinity: by the exponent's bits, since numpy has no fast test for bfloat16."""
     kind = jnp.finfo(array.dtype)
@@ -237,14 +161,3 @@ def finite(array: np.ndarray) -> bool:
 
 def _field(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,7 +6,7 @@ save it as they do the kernel, and a dense module finds its own pair whatever ca
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -206,3 +206,31 @@ def _dropout(x: Array, rate: float, module: nn.Module, path: str) -> Array:
         )
     keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tuple[int, int]]:
+    """(Input axes, output axes) of every dense kernel that `fn(params, *args, **kwargs)` calls, traced without running.
+
+    Needed only for a model with `nn.DenseGeneral` kernels that have no bias: pass the result to `init`.
+
+    Example:
+        axes = pj.kernel_axes(model.apply, variables, tokens)
+        adapters = pj.init(key, variables, config, axes=axes)
+    """
+    seen: dict[str, tuple[int, int]] = {}
+
+    def record(next_fun, call_args, call_kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.DenseGeneral)):
+            general = isinstance(module, nn.DenseGeneral)
+            counts = (_length(module.axis), _length(module.features)) if general else (1, 1)
+            seen["/".join((*module.path, "kernel"))] = counts
+        return next_fun(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda p: fn(p, *args, **kwargs), params)
+    return seen
+
+
+def _length(value: int | Sequence[int]) -> int:
+    return len(value) if isinstance(value, Sequence) else 1

@@ -9,10 +9,9 @@ import logging
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, PyTree, UInt32
+from jaxtyping import PyTree
 
+from peanut_jax.base.digest import digest, hexadecimal
 from peanut_jax.base.kernels import Axes, flatten
 from peanut_jax.base.select import Target, select
 from peanut_jax.base.torch_names import modules, rows_of
@@ -21,7 +20,6 @@ from peanut_jax.methods.base import AdapterConfig
 logger = logging.getLogger(__name__)
 
 Fingerprint = dict[str, str]
-SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Fingerprint:
@@ -49,23 +47,6 @@ def of_targets(params: PyTree, targets: Mapping[str, Target]) -> Fingerprint:
     return found
 
 
-@jax.jit
-def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers 2"]:
-    """Two sums modulo 2^32 of the kernel's bfloat16 bits, each with odd weights of its own for rows and columns."""
-    bits = lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    terms = [bits * position_weights(kernel.shape[-1], seed) for seed in SEEDS]
-    # One reduction for both: XLA on CPU would otherwise keep `bits`, and each product, as an array of its own.
-    zero = jnp.uint32(0)
-    sums = lax.reduce(terms, [zero, zero], lambda x, y: [x[0] + y[0], x[1] + y[1]], (kernel.ndim - 1,))
-    sums = [(one * position_weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, SEEDS, strict=True)]
-    return jnp.stack(sums, axis=-1)
-
-
-def hexadecimal(sums: UInt32[Array, "2"]) -> str:
-    """The two sums of a digest as 16 digits."""
-    return "".join(f"{int(part):08x}" for part in sums)
-
-
 def check(found: Mapping[str, str], saved: Mapping[str, str], adapter: str, base: str) -> None:
     """Compares kernels of the base with the fingerprint that was saved with the adapter.
 
@@ -88,11 +69,3 @@ def note_absence(saved: Mapping[str, str], adapter: str) -> None:
         logger.warning(
             "%s holds no fingerprint of its base (HF PEFT saves none): that this is the base is taken on trust", adapter
         )
-
-
-def position_weights(size: int, seed: int) -> UInt32[Array, " size"]:
-    """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
-    h = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed & 0xFFFFFFFF)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)) | jnp.uint32(1)

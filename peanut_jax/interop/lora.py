@@ -17,13 +17,14 @@ from jaxtyping import Array, Float, PyTree
 from peanut_jax.adapters import Adapters, FactorTree, check, factors, pair, saved
 from peanut_jax.base.kernels import Axes, find, flatten
 from peanut_jax.base.select import saved_paths, select
+from peanut_jax.files.atomic import check_apart
 from peanut_jax.files.hub import local_folder
-from peanut_jax.files.safetensors import check_apart
-from peanut_jax.files.torch_checkpoint import locate, open_base
+from peanut_jax.files.torch_checkpoint import open_base
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.peft import from_tree, module_slots
 from peanut_jax.interop.peft_folder import CONFIG_FILE, ModuleAdapters, read, type_of, write
 from peanut_jax.interop.peft_selection import check_modules
+from peanut_jax.interop.places import locate
 from peanut_jax.methods.activations import ACTIVATIONS
 from peanut_jax.methods.base import AdapterConfig, Config, LoraConfig, PeanutConfig
 from peanut_jax.methods.tweaker import Theta, delta

@@ -16,13 +16,15 @@ from jaxtyping import Array, Float, PyTree
 
 from peanut_jax.adapters import Adapters, check
 from peanut_jax.base import torch_names as names
+from peanut_jax.files.atomic import check_apart, new_folder
 from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
-from peanut_jax.files.safetensors import check_apart, copy_file, dtype_of, finite, new_folder, write_entry
-from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, Places, locate, open_base
+from peanut_jax.files.safetensors import copy_file, dtype_of, finite, write_entry
+from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, open_base
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.lora import Track, tensor_factors
 from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_folder import ModuleAdapters, label_count, read
+from peanut_jax.interop.places import Places, locate
 from peanut_jax.methods.base import Config, PeanutConfig
 from peanut_jax.methods.tweaker import delta
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from peanut_jax.files.atomic import write_text
 from peanut_jax.files.hub import local_folder, read_json
-from peanut_jax.files.safetensors import finite, read_tensors, write_tensors, write_text
+from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
 from peanut_jax.methods import tweaker
 from peanut_jax.methods.base import TASK_HEADS, Config, LoraConfig, PeanutConfig
 

@@ -35,7 +35,7 @@ class AdapterConfig:
         scaling: Multiplies the update as it is (there is no division by r).
         target_modules: Module names (`"query"` matches a module of that name or any `....query`), or a string: a
             regular expression that must match the whole dotted module path, or `"all-linear"` for every dense layer
-            but the output head. `None` takes the architecture's default (`targets.DEFAULTS`).
+            but the output head. `None` takes the architecture's default (`architectures.ARCHITECTURES`).
         exclude_modules: Same language; modules to leave out.
         modules_to_save: Modules trained in full and saved with the adapter, such as a new classifier.
         layers_to_transform: Layer index or indices to adapt; all by default. On an `nn.scan` stack, rows of the stack.

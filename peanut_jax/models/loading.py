@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from peanut_jax.architectures import Rules, rules_for
 from peanut_jax.base.kernels import COLLECTION, flatten, replace
 from peanut_jax.base.torch_names import container, tensor_names
 from peanut_jax.files.safetensors import finite
 from peanut_jax.files.torch_checkpoint import Checkpoint, open_checkpoint
 from peanut_jax.models.decoder import Decoder, kept_dtype, variable_shapes
 from peanut_jax.models.decoder_config import read_config
-from peanut_jax.sharding.mesh import Rules, param_shardings, rules_for
+from peanut_jax.sharding.mesh import param_shardings
 
 # Tensors that some checkpoints hold and no model reads: the rotary frequencies are computed.
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")

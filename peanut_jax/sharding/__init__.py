@@ -1,5 +1,6 @@
 """Many devices: a base laid out on a mesh by rules (`mesh`), and what follows from it (`derived`)."""
 
+from peanut_jax.architectures import Rules, rules_for
 from peanut_jax.sharding.derived import (
     constrain,
     init_state,
@@ -10,7 +11,6 @@ from peanut_jax.sharding.derived import (
 from peanut_jax.sharding.mesh import (
     AXES,
     BATCH_AXES,
-    Rules,
     batch_axes,
     batch_sharding,
     batch_shards,
@@ -19,7 +19,6 @@ from peanut_jax.sharding.mesh import (
     mesh_of,
     mesh_sizes,
     param_shardings,
-    rules_for,
     shard,
 )
 

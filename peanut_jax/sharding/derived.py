@@ -24,8 +24,9 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import NOT_FINITE, check_finite, init
+from peanut_jax.architectures import is_output_head
 from peanut_jax.base.kernels import Axes, Kernel, Leaf, find, flatten, module_of, replace
-from peanut_jax.base.select import Target, is_output_head, select
+from peanut_jax.base.select import Target, select
 from peanut_jax.frontends.linen import LEFT, RIGHT
 from peanut_jax.methods.base import Config, LoraConfig
 from peanut_jax.sharding.mesh import (

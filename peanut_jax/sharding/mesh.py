@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,72 +12,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import PyTree
 
+from peanut_jax.architectures import Rules
 from peanut_jax.base.kernels import Leaf, flatten, replace
-from peanut_jax.models.decoder_config import MODEL_TYPES
-
-Rules = Sequence[tuple[str, Spec]]
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that cut the batch. fsdp cuts the parameters too, which each layer gathers before it runs.
 BATCH_AXES = ("data", "fsdp")
-
-
-def _encoder(*first: tuple[str, Spec]) -> Rules:
-    return (
-        *first,
-        (r".*/(query|key|value)/kernel", Spec("fsdp", "tensor")),
-        (r".*/intermediate/dense/kernel", Spec("fsdp", "tensor")),
-        (r".*/layer/\d+/(attention/)?output/dense/kernel", Spec("tensor", "fsdp")),
-        (r".*", Spec()),
-    )
-
-
-# HF's model_type -> rules for its Flax class. Vocabularies such as RoBERTa's 50,265 divide by nothing, so that
-# embeddings are cut along their width. GPT-2 stores [d_out, d_in].
-_RULES: Mapping[tuple[str, ...], Rules] = {
-    ("bert", "roberta", "xlm-roberta"): _encoder((r".*/word_embeddings/embedding", Spec(None, "fsdp"))),
-    ("vit",): _encoder(),
-    ("t5", "mt5"): (
-        (r"shared/embedding", Spec(None, "fsdp")),
-        (r".*Attention/(q|k|v)/kernel", Spec("fsdp", "tensor")),
-        (r".*Attention/o/kernel", Spec("tensor", "fsdp")),
-        (r".*DenseReluDense/wi(_\d)?/kernel", Spec("fsdp", "tensor")),
-        (r".*DenseReluDense/wo/kernel", Spec("tensor", "fsdp")),
-        (r".*", Spec()),
-    ),
-    ("gpt2",): (
-        (r"transformer/wte/embedding", Spec(None, "fsdp")),
-        (r".*/(c_attn|c_fc)/kernel", Spec("tensor", "fsdp")),
-        (r".*/c_proj/kernel", Spec("fsdp", "tensor")),
-        (r".*", Spec()),
-    ),
-}
-
-
-def rules_for(model_type: str, *, scan_layers: bool = True) -> Rules:
-    """The table of an architecture: (regular expression, PartitionSpec) pairs for `shard` and the loaders.
-
-    Args:
-        model_type: HF's, such as "roberta"; "llama", "mistral", "qwen2" and "qwen3" are the library's decoder.
-        scan_layers: Of the decoder: whether its layers are one stack.
-
-    Raises:
-        ValueError: an architecture without a table.
-    """
-    if model_type in MODEL_TYPES:
-        stack = (None,) if scan_layers else ()
-        return (
-            (r"model/embed_tokens/embedding", Spec("tensor", "fsdp")),
-            (r".*/(q|k|v|gate|up)_proj/kernel", Spec(*stack, "fsdp", "tensor")),
-            (r".*/(o|down)_proj/kernel", Spec(*stack, "tensor", "fsdp")),
-            (r"(lm_head/kernel)?", Spec("fsdp", "tensor")),
-            (r".*", Spec()),
-        )
-    for names, rules in _RULES.items():
-        if model_type in names:
-            return rules
-    known = sorted({name for names in (*_RULES, MODEL_TYPES) for name in names})
-    raise ValueError(f"no sharding rules for {model_type!r} (there are some for {', '.join(known)}): pass your own")
 
 
 def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explicit: bool = False) -> Mesh:

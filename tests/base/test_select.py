@@ -7,8 +7,8 @@ from flax.core import freeze
 from flax.traverse_util import unflatten_dict
 
 import peanut_jax as pj
+from peanut_jax.architectures import ARCHITECTURES
 from peanut_jax.base.kernels import find, flatten
-from peanut_jax.base.select import DEFAULTS
 
 
 def tree(**shapes):
@@ -119,7 +119,7 @@ def test_a_task_type_saves_its_head():
 
 
 @pytest.mark.parametrize(
-    ("model", "targets"), [(models, targets) for models, targets in DEFAULTS.items()], ids=lambda v: v[0]
+    ("model", "targets"), [(row.model_types, row.targets) for row in ARCHITECTURES], ids=lambda v: v[0]
 )
 def test_every_default_finds_its_architecture(model, targets):
     params = tree(**{f"h__{i}__{name}__kernel": (4, 4) for i in range(2) for name in (*targets, "other")})

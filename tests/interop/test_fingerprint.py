@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import peanut_jax as pj
-from peanut_jax.interop.fingerprint import digest, hexadecimal
+from peanut_jax.base.digest import digest, hexadecimal
 from tests.interop.conftest import scanned
 
 CONFIG = pj.PeanutConfig(r=2, target_modules=["q_proj", "up_proj"])

@@ -1,0 +1,33 @@
+"""A digest of a kernel: a sum of integers, the same whatever order, sharding or machine adds it up."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt32
+
+SEEDS = (0x9E3779B9, 0x7F4A7C15)
+
+
+@jax.jit
+def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers 2"]:
+    """Two sums modulo 2^32 of the kernel's bfloat16 bits, each with odd weights of its own for rows and columns."""
+    bits = lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    terms = [bits * position_weights(kernel.shape[-1], seed) for seed in SEEDS]
+    # One reduction for both: XLA on CPU would otherwise keep `bits`, and each product, as an array of its own.
+    zero = jnp.uint32(0)
+    sums = lax.reduce(terms, [zero, zero], lambda x, y: [x[0] + y[0], x[1] + y[1]], (kernel.ndim - 1,))
+    sums = [(one * position_weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, SEEDS, strict=True)]
+    return jnp.stack(sums, axis=-1)
+
+
+def hexadecimal(sums: UInt32[Array, "2"]) -> str:
+    """The two sums of a digest as 16 digits."""
+    return "".join(f"{int(part):08x}" for part in sums)
+
+
+def position_weights(size: int, seed: int) -> UInt32[Array, " size"]:
+    """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
+    h = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed & 0xFFFFFFFF)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (h ^ (h >> 16)) | jnp.uint32(1)

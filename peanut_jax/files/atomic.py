@@ -1,0 +1,95 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """A new text file, which appears under its name once it is whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name at the end, or is removed after an error."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
+
+    Args:
+        overwrite: Replace a folder of that name, which stays until the new one is whole.
+        marker: A file that a folder must hold to be replaced, so that a slip of the hand loses nothing else.
+
+    Raises:
+        FileExistsError: the folder exists, and `overwrite` is false or it lacks the marker.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
+        raise FileExistsError(
+            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if path.exists():
+            path.replace(old)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            if old.exists():
+                old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}, writing {path}; nothing of it was left behind") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_apart(folder: Path, *sources: Path) -> None:
+    """Refuses an output folder that is, holds or lies in one of the folders that are read."""
+    folder = folder.resolve()
+    for source in (one.resolve() for one in sources):
+        if source == folder or source in folder.parents or folder in source.parents:
+            raise ValueError(f"the output folder {folder} and {source}, which is read, must lie apart")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
