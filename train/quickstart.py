@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import peanut_jax as pj
 from peanut_jax.files.folders import check, replacing
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import Method as Config
 from peanut_jax.models import hf
 from train import report
 from train.digits import N_CLASSES, Pictures, Task, tasks

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import optax
 
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 from peanut_jax.sharding import Rules
 
@@ -208,7 +208,7 @@ class Run:
     """
 
     task: LanguageModelling | Classification
-    adapter: Config
+    adapter: Method
     loop: Loop
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: str = "data=-1"
