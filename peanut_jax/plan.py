@@ -78,7 +78,7 @@ class Plan:
         state: Bytes of adapters and optimizer.
         batch: Bytes of the batch.
         temporary: Bytes of activations, gathered kernels and all else that lives within the step.
-        flops: Of the matrix products, what is recomputed included.
+        flops: FLOPs of the matrix products, what is recomputed included.
         collectives: Every collective, at the bytes that the real dtype moves.
         trainable: Parameters of the adapters, over all devices.
     """
@@ -136,10 +136,11 @@ def plan(
 
     Args:
         config: The model.
-        mesh: Of CPU devices, as many as there will be.
+        mesh: CPU devices, as many as there will be.
         batch_size: Rows of a step over all devices.
         seq_len: Tokens of a row.
-        dtype: "bfloat16" or "float32", of the base and the activations.
+        dtype: Dtype of the base and the activations, "bfloat16" or "float32".
+        accumulate_steps: Microbatches of a step.
 
     Raises:
         ValueError: sizes that do not divide over the mesh, as `sharding.param_shardings`; a bad dtype or batch.

@@ -95,10 +95,10 @@ class Checkpoints:
 
         Args:
             record: What the loop needs to go on besides the state, for JSON: data position, best metric.
-            metrics: Of this step; without them, or where `best` is NaN, it cannot become the best.
+            metrics: This step's; without them, or where `best` is NaN, it cannot become the best.
 
         Raises:
-            ValueError: a record that is no JSON; metrics without `best`; a step older than the newest that is saved.
+            ValueError: a record that is not JSON; metrics without `best`; a step older than the newest that is saved.
             OSError: this save or the one before it could not be written; the older checkpoints are whole.
         """
         if metrics is not None and self._best is not None and self._best not in metrics:
@@ -134,7 +134,7 @@ class Checkpoints:
         return self._restore(self.steps()[::-1], like)
 
     def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """As `restore`, of the checkpoint with the best metric, and after a damaged one the next best.
+        """As `restore`, for the checkpoint with the best metric, and after a damaged one the next best.
 
         Raises:
             ValueError: as `restore`; these checkpoints were opened without `best`.

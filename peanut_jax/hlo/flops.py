@@ -19,7 +19,7 @@ def dot_flops(hlo: str) -> int:
 
     Counted are `dot`, cuBLAS calls, and a `convolution` without padding or dilation, which is a product (a patch
     embedding; XLA:TPU writes its dots so). XLA turns a product of two vectors, or one over an axis of length 1, into
-    multiplications: those are no products here, nor are triangular solves and factorizations.
+    multiplications: those are not products here, nor are triangular solves and factorizations.
 
     Args:
         hlo: `compiled.as_text()`.
@@ -29,7 +29,7 @@ def dot_flops(hlo: str) -> int:
 
     Raises:
         ValueError: for a product in a loop whose trip count is not known, a convolution or a library's or hand-written
-            kernel whose FLOPs the text does not tell, or a text that is no compiled HLO.
+            kernel whose FLOPs the text does not tell, or a text that is not compiled HLO.
 
     References:
         openxla/xla `xla/service/hlo_cost_analysis.cc`, GetDotFlops, whose count this is.

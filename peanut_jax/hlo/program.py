@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-# A quoted string in an instruction's attributes, whose content is none of their syntax.
+# A quoted string in an instruction's attributes; what it holds is not syntax.
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)"

@@ -15,15 +15,15 @@ class Collective:
     """A collective on one device.
 
     Attributes:
-        kind: one of `COLLECTIVES`; an asynchronous pair is one of its kind.
-        shapes: of the results, without layouts, such as `("f32[64,32]",)`.
-        bytes: of one execution: the larger of what goes in and what comes out, over all operands or results.
-            So the gathered result of an all-gather, the operand of a reduce-scatter.
-        times: executions in one run of the program.
-        group_size: devices that take part together; 2 for a collective-permute.
-        groups: those devices, by their place in the program's device order; (source, target) pairs for a
+        kind: One of `COLLECTIVES`; an asynchronous pair is one of its kind.
+        shapes: Shapes of the results, without layouts, such as `("f32[64,32]",)`.
+        bytes: Bytes that one execution moves: the larger of what goes in and what comes out, over all operands or
+            results. So the gathered result of an all-gather, the operand of a reduce-scatter.
+        times: Executions in one run of the program.
+        group_size: Devices that take part together; 2 for a collective-permute.
+        groups: Those devices, by their place in the program's device order; (source, target) pairs for a
             collective-permute.
-        op_name: where the program's author wrote it, "" if XLA does not say.
+        op_name: Where the program's author wrote it, "" if XLA does not say.
     """
 
     kind: str
@@ -48,7 +48,7 @@ def collectives(hlo: str) -> list[Collective]:
         One record for each place in the program, in the order of the walk.
 
     Raises:
-        ValueError: for a collective in a loop whose trip count is not known, or a text that is no compiled HLO.
+        ValueError: for a collective in a loop whose trip count is not known, or a text that is not compiled HLO.
     """
     devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.split("\n", 1)[0]))
     return [

@@ -22,7 +22,13 @@ def make_mask(
     segments: Int[Array, "batch seq"] | None,
     key_segments: Int[Array, "batch keys"] | None,
 ) -> Mask:
-    """A query at position p of its segment sees the keys of the same segment at 0 to p; -1 marks padding."""
+    """A query at position p of its segment sees the keys at positions 0 to p of the same segment.
+
+    Args:
+        positions: Position of each query in its segment.
+        key_positions: Position of each key; -1 for padding.
+        segments, key_segments: Number of the segment of each query and key; None for one segment a row.
+    """
     distance = positions[:, :, None] - key_positions[:, None, :]
     allowed = (distance >= 0) & (key_positions >= 0)[:, None, :]
     if segments is not None and key_segments is not None:
@@ -38,7 +44,7 @@ def attend(
     window: Int[Array, ""] | None,
     attention: str = "auto",
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax attention.
+    """Softmax attention; several heads of queries share a head of keys and values.
 
     Args:
         mask: None is causal: every key up to the query's own.
@@ -56,25 +62,33 @@ def attend(
 
 
 def fits_cudnn(dtype: Any, head_dim: int, queries: int, keys: int) -> bool:
-    """Whether cuDNN's fused kernel takes these shapes, forward and backward, on any card it supports (jax 0.10,
-    `check_is_flash_attention` in `_src/cudnn/fused_attention_stablehlo.py`); not a single query, as in decoding."""
+    """Whether cuDNN's fused kernel takes these shapes, forward and backward, on every card that it supports.
+
+    It does not take a single query, as in decoding.
+
+    References:
+        jax 0.10, `_src/cudnn/fused_attention_stablehlo.py`, check_is_flash_attention.
+    """
     sixteen = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     return sixteen and head_dim % 8 == 0 and head_dim <= 128 and queries > 1 and queries % 2 == 0 and keys % 2 == 0
 
 
-def counted(real: Bool[Array, "batch seq"], segments: Int[Array, "batch seq"] | None) -> Int[Array, "batch seq"]:
+def count_positions(
+    real: Bool[Array, "batch seq"], segments: Int[Array, "batch seq"] | None
+) -> Int[Array, "batch seq"]:
     """Each token's position in its row or segment, padding left out; 0 for padding before the first token."""
-    counted = jnp.cumsum(real, axis=-1) - 1
+    positions = jnp.cumsum(real, axis=-1) - 1
     if segments is not None:
-        counted -= jax.lax.cummax(jnp.where(_starts(segments), counted, 0), axis=1)
-    return jnp.maximum(counted, 0)
+        positions -= jax.lax.cummax(jnp.where(_starts(segments), positions, 0), axis=1)
+    return jnp.maximum(positions, 0)
 
 
-def numbered(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def renumber(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     """Runs of one number as segments of their own, so that a number that comes again is another sequence."""
     return jnp.where(segments != 0, jnp.cumsum(_starts(segments), axis=-1), 0)
 
 
 def _starts(segments: Int[Array, "batch seq"]) -> Bool[Array, "batch seq"]:
+    """Where a token's segment is not that of the token before it."""
     first = jnp.ones_like(segments[:, :1], bool)
     return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=-1)

@@ -54,7 +54,7 @@ class _Finished:
 
     Attributes:
         scores: log-probability / length ** length_penalty.
-        lengths: Tokens up to the end.
+        lengths: Number of tokens, the end included.
         real: False for a place that no beam has taken yet.
     """
 
@@ -69,8 +69,8 @@ class _State:
     """Between two tokens.
 
     Attributes:
-        length: Tokens of each open beam.
-        logits, cache: Of the open beams, those of a prompt one after the other.
+        length: Number of tokens of each open beam.
+        logits, cache: A row for each open beam; those of a prompt stand together.
         improvable: Rows whose open beams may still beat a finished one.
         all_ended: Whether every continuation of the last step ended.
     """

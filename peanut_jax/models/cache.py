@@ -15,8 +15,8 @@ class Cache:
     """Keys and values of the tokens so far.
 
     Attributes:
-        keys, values: [layers, batch, slots, kv_heads, head_dim]; of a model without a scan, a tuple of its layers'.
-        positions: [batch, slots] of each slot's token in its sequence; -1 for an empty or padded slot.
+        keys, values: One array for a scanned stack of layers; without a scan a tuple with one for each layer.
+        positions: Position of each slot's token in its sequence; -1 for an empty or padded slot.
         filled: How many slots are taken, padding included.
     """
 

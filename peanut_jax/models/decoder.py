@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from peanut_jax.models.attention import Mask, counted, make_mask, numbered
+from peanut_jax.models.attention import Mask, count_positions, make_mask, renumber
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.layers import Model
@@ -52,7 +52,8 @@ class Decoder(nn.Module):
             tokens: Token ids.
             attention_mask: 1 for tokens, 0 for padding on either side. None: no padding.
             segments: For packed rows, the number of the sequence that a token belongs to, from 1; 0 is padding.
-            positions: Of each token in its sequence; by default counted from the first token of the row or segment.
+            positions: Position of each token in its sequence; by default counted from the first token of the row or
+                segment.
         """
         return self._logits(self.hidden(tokens, attention_mask, segments=segments, positions=positions))
 
@@ -62,9 +63,9 @@ class Decoder(nn.Module):
         real = jnp.ones_like(tokens, bool) if attention_mask is None else attention_mask.astype(bool)
         if segments is not None:
             real &= segments != 0
-            segments = numbered(segments)
+            segments = renumber(segments)
         if positions is None:
-            positions = counted(real, segments)
+            positions = count_positions(real, segments)
         key_positions = jnp.where(real, positions, -1)
         causal = plain and not any(self.config.windows)
         mask = None if causal else make_mask(positions, key_positions, segments, segments)
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
     def step(
         self, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """Appends tokens to the cache; the logits after the last one.
+        """Appends tokens to the cache, and gives the logits after the last one.
 
         Args:
             tokens: A prompt, padded on the left, or one token a row.

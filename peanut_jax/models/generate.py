@@ -46,8 +46,9 @@ def generate(
         prompts: Token ids, of any lengths.
         max_new_tokens: The most to append.
         eos_token_ids: Ends a continuation, which includes it.
-        factors: An adapter's, from `pj.factors`, which is then applied unmerged; or those of several adapters.
-        adapter_ids: With several: the number of each prompt's adapter.
+        factors: What `pj.factors` gives for an adapter, which is then applied unmerged; or a list of that for several
+            adapters.
+        adapter_ids: With several adapters: the number of each prompt's.
         sampling: None is greedy.
         key: For sampling.
         num_beams: More than 1 searches with beams, as transformers does with early_stopping=False.

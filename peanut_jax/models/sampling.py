@@ -50,9 +50,9 @@ class _State:
     Attributes:
         length: New tokens so far.
         tokens: The new tokens, then zeros.
-        lengths: Of each row, up to its end.
+        lengths: Number of new tokens of each row, its end included.
         done: Rows that have ended.
-        logits, cache: After the last token.
+        logits, cache: What the last token gave.
     """
 
     length: Int[Array, ""]

@@ -35,7 +35,7 @@ def serve(
 
     Args:
         factors: Those of one adapter, or of several.
-        adapter_ids: With several: the number of each row's adapter.
+        adapter_ids: With several: the number of each prompt's adapter.
         rows: Number of prompts.
         copies: Rows that each prompt becomes, one after the other: the number of beams.
 
