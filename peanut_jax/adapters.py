@@ -66,9 +66,9 @@ def init(key: PRNGKeyArray, params: PyTree, config: Method) -> Adapters:
             that is none.
         NotImplementedError: a target that is not a dense kernel.
 
-    Example:
+    Examples:
         >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
-        >>> adapters = init(jax.random.key(0), params, PeanutConfig(r=2, target_modules=["query"]))
+        >>> adapters = pj.init(jax.random.key(0), params, pj.PeanutConfig(r=2, target_modules=["query"]))
         >>> jax.tree.map(jnp.shape, adapters.theta)
         {'query/kernel': {'a': (6, 2), 'b': (2, 6)}}
     """

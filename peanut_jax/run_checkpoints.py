@@ -43,11 +43,16 @@ class Checkpoints:
 
     With several processes each makes its own and all call every method together, on a folder that all see.
 
-    Example:
-        with Checkpoints("runs/1", {"config": asdict(config)}, best="loss") as checkpoints:
-            state, record = checkpoints.restore(state) or (state, {"position": 0})
-            ...
-            checkpoints.save(state, {"position": position}, {"loss": loss})
+    Examples:
+        >>> from peanut_jax.run_checkpoints import Checkpoints
+        >>> params, tx = {"query": {"kernel": jnp.ones((4, 6))}}, optax.adamw(1e-3)
+        >>> adapters = pj.init(jax.random.key(0), params, pj.PeanutConfig(r=2, target_modules=["query"]))
+        >>> state = pj.TrainState.create(adapters, tx, jax.random.key(1))
+        >>> with Checkpoints("runs/1", {"config": "r=2"}, best="loss") as checkpoints:
+        ...     state, record = checkpoints.restore(state) or (state, {"position": 0})
+        ...     checkpoints.save(state, {"position": record["position"] + 1}, {"loss": 0.5})
+        ...     checkpoints.restore(state)[1]
+        {'position': 1}
     """
 
     def __init__(

@@ -74,9 +74,17 @@ def make_train_step(
     Raises:
         ValueError: a bad argument; a batch that does not divide by `accumulate_steps`.
 
-    Example:
-        step = pj.make_train_step(loss_fn, optax.adamw(1e-3), config, max_grad_norm=1.0)
-        state, metrics = step(state, params, batch)
+    Examples:
+        >>> model, batch = nn.Dense(3), {"x": jnp.ones((8, 4)), "y": jnp.ones((8, 3))}
+        >>> params = model.init(jax.random.key(0), batch["x"])
+        >>> def loss_fn(params, batch, key):
+        ...     return optax.l2_loss(model.apply(params, batch["x"]), batch["y"]).mean()
+        >>> config, tx = pj.PeanutConfig(r=2, target_modules="all-linear"), optax.adamw(1e-3)
+        >>> step = pj.make_train_step(loss_fn, tx, config, max_grad_norm=1.0)
+        >>> state = pj.TrainState.create(pj.init(jax.random.key(1), params, config), tx, jax.random.key(2))
+        >>> state, metrics = step(state, params, batch)
+        >>> int(state.step), sorted(metrics)
+        (1, ['grad_norm', 'loss'])
     """
     checked(config)
     _check_arguments(loss_fn, accumulate_steps, max_grad_norm)
@@ -176,8 +184,14 @@ def partition(
 ) -> optax.GradientTransformation:
     """One optimizer for the adapters and another for the saved modules, as with a learning rate for the head.
 
-    Example:
-        tx = pj.partition(adapters=optax.adamw(5e-3), saved=optax.adamw(1e-3))
+    Examples:
+        >>> params = {"query": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
+        >>> config = pj.PeanutConfig(r=2, target_modules=["query"], modules_to_save=["head"])
+        >>> adapters = pj.init(jax.random.key(0), params, config)
+        >>> tx = pj.partition(adapters=optax.sgd(1.0), saved=optax.sgd(0.5))
+        >>> changes, _ = tx.update(jax.tree.map(jnp.ones_like, adapters), tx.init(adapters))
+        >>> float(changes.theta["query/kernel"]["a"][0, 0]), float(changes.saved["head/kernel"][0, 0])
+        (-1.0, -0.5)
     """
     return optax.partition({"adapter": adapters, "saved": saved}, labels)
 
@@ -198,16 +212,20 @@ def freeze(
 ) -> optax.GradientTransformation:
     """`tx` for the leaves that `mask` marks; the others get a zero update and no optimizer state.
 
-    For those who keep one tree. `make_train_step` is the faster road: it never asks for a gradient of the base.
+    For code that keeps one tree. `make_train_step` is faster: it never asks for a gradient of the base.
 
     Args:
         tx: Any optax transformation.
         mask: tree -> tree of bools, True where `tx` applies.
 
-    Example:
-        tree = {"params": params, "adapters": adapters}
-        tx = pj.freeze(optax.adamw(1e-3))
-        opt_state = tx.init(tree)
+    Examples:
+        >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+        >>> adapters = pj.init(jax.random.key(0), params, pj.PeanutConfig(r=2, target_modules=["query"]))
+        >>> tree = {"params": params, "adapters": adapters}
+        >>> tx = pj.freeze(optax.sgd(1.0))
+        >>> changes, _ = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree))
+        >>> {name: float(jax.tree.leaves(part)[0].max()) for name, part in changes.items()}
+        {'adapters': -1.0, 'params': 0.0}
     """
 
     def names(tree: PyTree) -> PyTree:

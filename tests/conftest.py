@@ -30,7 +30,7 @@ settings.load_profile("suite")
 
 def pytest_collection_modifyitems(items):
     """The slowest files first, so that no worker ends with them alone."""
-    slow = ("test_processes.py", "test_sharding.py", "test_run.py", "test_readme.py")
+    slow = ("test_processes.py", "test_sharding.py", "test_run.py", "test_docs.py")
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 

@@ -54,12 +54,12 @@ def adapt(fn: Callable, config: Method, *, train: bool = False) -> Callable:
         ValueError: when called: adapters that do not fit; a kernel that `fn` never uses, by path.
         NotImplementedError: a module that runs its kernel in another way than a dense layer's `__call__`.
 
-    Example:
+    Examples:
         >>> model = nn.Dense(3)
         >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))
-        >>> config = PeanutConfig(r=2, target_modules="all-linear")
-        >>> adapters = init(jax.random.key(1), params, config)
-        >>> adapt(model.apply, config)(adapters, params, jnp.ones((1, 4))).shape
+        >>> config = pj.PeanutConfig(r=2, target_modules="all-linear")
+        >>> adapters = pj.init(jax.random.key(1), params, config)
+        >>> pj.adapt(model.apply, config)(adapters, params, jnp.ones((1, 4))).shape
         (1, 3)
     """
     checked(config)

@@ -147,10 +147,10 @@ def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tupl
 
     Needed only for a model with `nn.DenseGeneral` kernels that have no bias: make it the config's `kernel_axes`.
 
-    Example:
+    Examples:
         >>> model = nn.DenseGeneral((2, 5), use_bias=False)
         >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))
-        >>> kernel_axes(model.apply, params, jnp.ones((1, 4)))
+        >>> pj.kernel_axes(model.apply, params, jnp.ones((1, 4)))
         {'kernel': (1, 2)}
     """
     seen: dict[str, tuple[int, int]] = {}

@@ -24,8 +24,8 @@ class LoraConfig(RankMethod):
 
     See `RankMethod` and `AdapterConfig` for the other fields. `scaling` is LoRA's alpha / r.
 
-    Example:
-        >>> LoraConfig(r=8, scaling=2.0).shapes(16, 24)
+    Examples:
+        >>> pj.LoraConfig(r=8, scaling=2.0).shapes(16, 24)
         {'a': (16, 8), 'b': (8, 24)}
 
     References:

@@ -30,8 +30,8 @@ class PeanutConfig(RankMethod):
     Raises:
         ValueError: naming the field, the value and what is allowed.
 
-    Example:
-        >>> PeanutConfig(r=8, depth=1, target_modules=["query", "value"]).shapes(16, 24)
+    Examples:
+        >>> pj.PeanutConfig(r=8, depth=1, target_modules=["query", "value"]).shapes(16, 24)
         {'a': (24, 8), 'b': (8, 24), 'encoders': (1, 8, 8), 'decoders': (1, 8, 8)}
 
     References:

@@ -20,8 +20,8 @@ class SubsetConfig(Method):
     Raises:
         ValueError: no module to train, or a field that means something for kernels alone.
 
-    Example:
-        >>> SubsetConfig(modules_to_save=["classifier"]).leaves()
+    Examples:
+        >>> pj.SubsetConfig(modules_to_save=["classifier"]).leaves()
         {}
     """
 

@@ -60,8 +60,13 @@ def generate(
         ValueError: an empty prompt, a token that the model does not have, more tokens than its context holds, arguments
             that contradict each other.
 
-    Example:
-        answers = generate(model, params, [tokenizer(text)["input_ids"]], max_new_tokens=32, num_beams=4)
+    Examples:
+        >>> from peanut_jax.models.generate import generate
+        >>> from peanut_jax.models.loading import load_decoder
+        >>> model, params = load_decoder("meta-llama/Llama-3.2-1B")
+        >>> answers = generate(model, params, [[1, 5, 9], [1, 7]], max_new_tokens=8)
+        >>> [len(answer) for answer in answers]
+        [8, 8]
     """
     eos = () if eos_token_ids is None else tuple(int(token) for token in np.ravel(np.asarray(eos_token_ids, np.int64)))
     _check(model.config, prompts, max_new_tokens, num_beams)

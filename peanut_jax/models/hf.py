@@ -79,9 +79,11 @@ def load(
         ValueError: an argument, the architecture, its configuration or the weights do not fit; the message says
             what to do instead.
 
-    Example:
-        model, params = load("FacebookAI/roberta-base", "sequence-classification", num_labels=3)
-        logits = model(**batch, params=params).logits
+    Examples:
+        >>> from peanut_jax.models.hf import load
+        >>> model, params = load("FacebookAI/roberta-base", "sequence-classification", num_labels=3)
+        >>> model(input_ids=jnp.array([[0, 5, 6, 2]]), params=params).logits.shape
+        (1, 3)
     """
     transformers = _transformers()
     source, dtype = str(name_or_path), jnp.dtype(dtype)

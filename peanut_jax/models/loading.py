@@ -55,9 +55,12 @@ def load_decoder(
         ValueError: a config that the decoder does not run; tensors that are missing, left over, misshapen, quantised or
             hold a NaN; rules that do not fit.
 
-    Example:
-        model, params = load_decoder("meta-llama/Llama-3.2-1B")
-        logits = model.apply(params, tokens)
+    Examples:
+        >>> from peanut_jax.models.loading import load_decoder
+        >>> model, params = load_decoder("meta-llama/Llama-3.2-1B")
+        >>> logits = model.apply(params, jnp.array([[1, 2, 3]]))
+        >>> logits.shape == (1, 3, model.config.vocab_size)
+        True
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -32,8 +32,10 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explic
     Raises:
         ValueError: an unknown axis, a size that is no number, more or fewer places than there are devices.
 
-    Example:
-        mesh = make_mesh("data=-1,tensor=4")
+    Examples:
+        >>> from peanut_jax.sharding import make_mesh
+        >>> dict(make_mesh("data=-1,tensor=4").shape)  # of 8 devices
+        {'data': 2, 'fsdp': 1, 'tensor': 4}
     """
     found = mesh_sizes(sizes)
     devices = jax.devices() if devices is None else devices

@@ -42,9 +42,15 @@ class Recorder:
     Raises:
         ValueError: if an earlier `metrics.jsonl` is damaged before its last line.
 
-    Example:
-        >>> with Recorder(folder) as recorder:  # doctest: +SKIP
+    Examples:
+        >>> from pathlib import Path
+        >>> from peanut_jax.trainer.recorder import Recorder
+        >>> folder = Path("runs/1")
+        >>> folder.mkdir(parents=True)
+        >>> with Recorder(folder) as recorder:
         ...     recorder.log(10, {"train/loss": 0.5, "train/learning_rate": 1e-3})
+        >>> len((folder / "metrics.jsonl").read_text().splitlines())
+        1
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
