@@ -6,7 +6,7 @@ Model and data come from the Hugging Face hub; `--set task.model=FOLDER --set ta
 """
 
 import peanut_jax as pj
-from peanut_jax.trainer.config import Classification, Loop, Optimizer, Run
+from peanut_jax.trainer import Classification, Loop, Optimizer, Run
 
 config = Run(
     task=Classification(

@@ -6,7 +6,7 @@ MODEL is any Llama, Mistral or Qwen folder or hub name; the data JSON lines with
 """
 
 import peanut_jax as pj
-from peanut_jax.trainer.config import LanguageModelling, Loop, Optimizer, Run
+from peanut_jax.trainer import LanguageModelling, Loop, Optimizer, Run
 
 config = Run(
     task=LanguageModelling(model="meta-llama/Llama-3.2-1B", train="train.jsonl", prompt="question", response="answer"),

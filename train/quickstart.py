@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import peanut_jax as pj
-from peanut_jax.files.folders import check, replacing
+from peanut_jax.files.atomic import refuse_foreign, replacing_entries
 from peanut_jax.methods.base import Config
 from peanut_jax.models import hf
 from train import report
@@ -246,10 +246,10 @@ def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS, metho
     transformers.logging.set_verbosity_error()  # its Flax classes announce on every use that v5 dropped them
     console = Console()
     try:
-        check(out, marker=JSON)
+        refuse_foreign(out, marker=JSON)
     except FileExistsError as error:
         sys.exit(f"error: {error}")
-    with replacing(out) as folder:
+    with replacing_entries(out) as folder:
         found = run(folder, settings, methods, console)
         report.write_json(found, folder / JSON)
         report.plot(found, folder / PNG)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from peanut_jax.files.folders import check, replacing
+from peanut_jax.files.atomic import refuse_foreign, replacing_entries
 from train import quickstart, report
 from train.digits import batches, split, tasks
 from train.methods import METHODS
@@ -145,8 +145,8 @@ def test_steps_are_timed_in_turns():
 def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path):
     out = tmp_path / "runs" / "quickstart"
     for text in ("first", "second"):
-        check(out, marker="marker.json")
-        with replacing(out) as folder:
+        refuse_foreign(out, marker="marker.json")
+        with replacing_entries(out) as folder:
             (folder / "marker.json").write_text(text)
             (folder / "checkpoint").mkdir()
             (folder / "checkpoint" / text).touch()
@@ -163,7 +163,7 @@ def test_a_failed_run_leaves_the_earlier_one(tmp_path):
     (out / "marker.json").write_text("first")
 
     def interrupted():
-        with replacing(out) as folder:
+        with replacing_entries(out) as folder:
             (folder / "marker.json").write_text("second")
             raise KeyboardInterrupt
 

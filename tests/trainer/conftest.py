@@ -12,7 +12,7 @@ from tests.models.test_decoder import build
 
 CONFIG = """
 import peanut_jax as pj
-from peanut_jax.trainer.config import LanguageModelling, Loop, Optimizer, Run
+from peanut_jax.trainer import LanguageModelling, Loop, Optimizer, Run
 
 config = Run(
     task=LanguageModelling(

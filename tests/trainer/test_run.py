@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 import peanut_jax as pj
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.sharding import make_mesh
-from peanut_jax.trainer import loop
-from peanut_jax.trainer.config import Classification, Loop, Optimizer, Run, read
+from peanut_jax.trainer import Classification, Loop, Optimizer, Run, loop, read, train
+from peanut_jax.trainer.command import main
 from peanut_jax.trainer.data import batches, in_order, local_rows
-from peanut_jax.trainer.loop import Outcome, train
-from peanut_jax.trainer.recorder import Recorder, read_metrics
-from train.__main__ import main
+from peanut_jax.trainer.judging import FRESH, judged
+from peanut_jax.trainer.loop import Outcome
+from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.recorder import Recorder
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -67,7 +68,7 @@ def test_what_a_run_leaves(run, whole, tiny):
     assert (config.r, config.depth) == (4, 1)
     # The evaluation of the loop is the loss of the merged model over the whole file.
     merged = pj.merge(params, adapters, config)
-    rows = loop.tasks.build(run.task, make_mesh("data=8"), None, 0).evaluation
+    rows = run.task.build(make_mesh("data=8"), None, 0).evaluation
     packed = [rows[i] for i in range(len(rows))]
     total, weight = model.apply(
         merged, *(np.stack([row[name] for row in packed]) for name in ("tokens", "labels", "weights")),
@@ -250,13 +251,13 @@ def test_steps_that_are_not_finite_can_be_skipped(run, tmp_path, poisoned):
 
 
 def test_an_evaluation_that_is_no_number_is_no_best():
-    record = {"best": None, "since_best": 0, "done": False}
+    record = FRESH
     patient = Run(
         task=Classification(model="m", train="t", evaluation="e"), adapter=pj.LoraConfig(task_type="SEQ_CLS"),
         loop=Loop(steps=9, eval_every=1, patience=2),
     )  # fmt: skip
     for value in (np.nan, 3.0, 2.0, np.nan):
-        loop._judge(record, {"loss": value}, patient)
+        record = judged(record, {"loss": value}, patient.loop)
     assert record == {"best": 2.0, "since_best": 1, "done": False}
 
 
@@ -360,7 +361,7 @@ def test_configs_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="there is no config file"):
         read(tmp_path / "absent.py")
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match=r"must define `config`, a train\.config\.Run, found NoneType"):
+    with pytest.raises(ValueError, match=r"must define `config`, a peanut_jax\.trainer\.Run, found NoneType"):
         read(tmp_path / "empty.py")
 
 
@@ -377,7 +378,7 @@ def test_schedules(schedule):
 def test_examples_without_room_are_left_out(run, caplog):
     """Of questions of 2 to 5 words, with the start token, those of 2 fit into rows of 4."""
     task = dataclasses.replace(run.task, seq_len=4)
-    rows = loop.tasks.build(task, make_mesh("data=8"), None, 0).train
+    rows = task.build(make_mesh("data=8"), None, 0).train
     assert "are left out (no response, or no room for it in task.seq_len=4)" in caplog.text
     assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
     assert 0 < len(rows) < 60
