@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import transformers
 
+from peanut_jax.trainer import Run, read
 from tests.models.test_decoder import build
 
 CONFIG = """
@@ -61,3 +62,9 @@ def tiny(tmp_path_factory):
         CONFIG.format(model=str(folder / "model"), train=paths["train"], evaluation=paths["eval"])
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(tiny) -> Run:
+    """The run of that config file."""
+    return read(tiny / "config.py")
