@@ -1,6 +1,6 @@
 """A small language model adapted to another text, as an example of a run.
 
-    python -m train configs/stories.py --out runs/stories --set task.model=MODEL --set task.train=train.jsonl
+    peanut-jax train configs/stories.py --out runs/stories --set task.model=MODEL --set task.train=train.jsonl
 
 MODEL is any Llama, Mistral or Qwen folder or hub name; the data JSON lines with the columns `question` and `answer`.
 """
