@@ -7,47 +7,42 @@
 3. Compare them: a table, learning curves and a JSON of both.
 4. Merge the first PEANuT into the checkpoint, load the result from disk, and compare its logits.
 
-`adapter_trainer` and `merged_difference` are the two to read: training with the library, and taking the result home.
+`run_of` and `merged_difference` are the two to read: what a training run is made of, and taking the result home.
 """
 
 import argparse
 import dataclasses
 import functools
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
-import optax
 import transformers
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import refuse_foreign, replacing_entries
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import AdapterConfig
 from peanut_jax.models import hf
+from peanut_jax.sharding import batch_sharding, make_mesh, mesh_of
+from peanut_jax.trainer import Loop, Optimizer, Run, train
+from peanut_jax.trainer.data import batches
+from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
+from peanut_jax.trainer.tasks.base import Task
 from train import report
-from train.digits import N_CLASSES, Pictures, Task, tasks
-from train.methods import HEAD, METHODS, Method
-from train.trainers import (
-    LogitsFn,
-    LossFn,
-    Plan,
-    Run,
-    Trainer,
-    compile_step,
-    fit,
-    plain_trainer,
-    planned_bytes,
-    seconds_in_turns,
-    stepper,
-)
+from train.digits import HIGH, LOW, N_CLASSES, Digits, split
+from train.methods import BODY, HEAD, METHODS, Entry
+from train.timing import planned_bytes, seconds_in_turns, stepper
 
 VIT = {
     "image_size": 8,
@@ -62,7 +57,8 @@ VIT = {
 }
 PRETRAIN_LEARNING_RATE = 2e-3
 LOGIT_TOLERANCE = 1e-4
-JSON, PNG, PRETRAINED, MERGED = "quickstart.json", "quickstart.png", "pretrained", "merged"
+JSON, PNG, DRAWN, PRETRAINED, MERGED = "quickstart.json", "quickstart.png", "drawn", "pretrained", "merged"
+RUNS, PRETRAINING = "runs", "pretraining"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,131 +66,133 @@ class Settings:
     """How long and how often to train."""
 
     seeds: tuple[int, ...]
-    pretrain: Plan
-    adapt: Plan
+    pretrain: Loop
+    adapt: Loop
 
 
 SETTINGS = Settings(
     seeds=(0, 1, 2),
-    pretrain=Plan(n_steps=600, batch_size=32, eval_every_steps=600),
-    adapt=Plan(n_steps=150, batch_size=32, eval_every_steps=15),
+    pretrain=Loop(steps=600, batch_size=32, log_every=60, save_every=600, keep_last=1),
+    adapt=Loop(steps=150, batch_size=32, log_every=15, eval_every=15, save_every=150, keep_last=1),
 )
 
 
-def logits_of(model: Any, params: PyTree, images: Float[Array, "n 1 8 8"]) -> Float[Array, "n labels"]:
-    """What an HF model says. Knows nothing of adapters: the library adapts it from outside."""
-    return model(images, params=params).logits
-
-
-def loss_of(model: Any, params: PyTree, batch: Pictures, key: PRNGKeyArray | None) -> Float[Array, ""]:
-    """Mean cross-entropy. `key` is for dropout, which this model has none of."""
-    logits = logits_of(model, params, batch.images)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-
-
-def adapter_trainer(
-    logits_fn: LogitsFn,
-    loss_fn: LossFn,
-    config: Config,
-    adapter_tx: optax.GradientTransformation,
-    head_tx: optax.GradientTransformation,
-) -> Trainer:
-    """Trains an adapter and a new head. The parameters of the checkpoint are read, never written."""
-    tx = pj.partition(adapters=adapter_tx, saved=head_tx)
-    adapted = pj.adapt(logits_fn, config)
-
-    def start(key: PRNGKeyArray, params: PyTree) -> pj.TrainState:
-        init_key, train_key = jax.random.split(key)
-        return pj.TrainState.create(pj.init(init_key, params, config), tx, train_key)
-
-    return Trainer(
-        start=start,
-        step=pj.make_train_step(loss_fn, tx, config),
-        logits=jax.jit(lambda state, params, images: adapted(state.adapters, params, images)),
-        trainable=lambda state: pj.count(state.adapters),
+def run_of(
+    task: Digits, config: AdapterConfig, loop: Loop, learning_rate: float, saved_learning_rate: float | None = None
+) -> Run:
+    """A run with Adam that warms up for a tenth of the steps, then decays along a cosine to 0."""
+    assert loop.steps is not None
+    optimizer = Optimizer(
+        learning_rate=learning_rate,
+        saved_learning_rate=saved_learning_rate,
+        warmup_steps=loop.steps // 10,
+        max_grad_norm=None,
     )
+    return Run(task=task, adapter=config, optimizer=optimizer, loop=loop)
 
 
-def trainer_of(method: Method, model: Any, n_steps: int) -> Trainer:
-    """The trainer of one row of the table, with Adam at the row's learning rates."""
-    head_tx = adam(method.head_learning_rate, n_steps)
-    fns = functools.partial(logits_of, model), functools.partial(loss_of, model)
-    if method.how == "probe":
-        return plain_trainer(*fns, pj.freeze(head_tx, _is_head), trained=(HEAD,))
-    body_tx = adam(method.learning_rate, n_steps)
-    if method.how == "full":
-        tx = optax.partition({True: head_tx, False: body_tx}, _is_head)
-        return plain_trainer(*fns, tx, trained=(model.base_model_prefix, HEAD))
-    return adapter_trainer(*fns, method.how, body_tx, head_tx)
-
-
-def adam(learning_rate: float, n_steps: int) -> optax.GradientTransformation:
-    """Adam that warms up for a tenth of the steps, then decays along a cosine to 0."""
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, n_steps // 10, n_steps))
-
-
-def _is_head(params: PyTree) -> PyTree:
-    """The same tree with True for every leaf of the head."""
-    return {name: jax.tree.map(lambda _, head=(name == HEAD): head, module) for name, module in params.items()}
-
-
-def pretrain(folder: Path, task: Task, plan: Plan, progress: Progress) -> float:
+def pretrain(folder: Path, loop: Loop) -> float:
     """Trains the ViT from scratch and saves it as any HF checkpoint is. Returns its test accuracy."""
     model = transformers.FlaxViTForImageClassification(transformers.ViTConfig(**VIT), seed=0)
-    fns = functools.partial(logits_of, model), functools.partial(loss_of, model)
-    trainer = plain_trainer(*fns, adam(PRETRAIN_LEARNING_RATE, plan.n_steps), trained=tuple(model.params))
-    bar = progress.add_task("pretraining on 0-4", total=plan.n_steps)
-    step = compile_step(trainer, model.params, task, plan.batch_size)
-    run = fit(trainer, step, model.params, task, plan, seed=0, advance=lambda: progress.advance(bar))
-    model.save_pretrained(folder, params=run.state.params, safe_serialization=True)
-    return run.accuracies[-1]
+    model.save_pretrained(folder / DRAWN, safe_serialization=True)
+    everything = pj.SubsetConfig(modules_to_save=(BODY, HEAD))
+    run = run_of(Digits(model=str(folder / DRAWN), digits=LOW), everything, loop, PRETRAIN_LEARNING_RATE)
+    train(run, folder / RUNS / PRETRAINING, quiet=True)
+    adapters, config = pj.load_adapter(folder / RUNS / PRETRAINING / "adapter", model.params)
+    model.save_pretrained(folder / PRETRAINED, params=pj.merge(model.params, adapters, config), safe_serialization=True)
+    return accuracies(folder / RUNS / PRETRAINING)[loop.steps]
+
+
+def accuracies(folder: Path) -> dict[int, float]:
+    """Step -> test accuracy, at each evaluation of a run."""
+    return {int(row["step"]): row["eval/accuracy"] for row in read_metrics(folder) if "eval/accuracy" in row}
 
 
 class Trained(NamedTuple):
-    """A method after its training: one run a seed."""
+    """A method after its training.
 
-    method: Method
-    trainer: Trainer
-    step: jax.stages.Compiled
-    runs: list[Run]
+    Attributes:
+        programs: What all seeds ran.
+        state: The state before the first step of the last seed.
+        task: The task of the last seed.
+        folders: The runs' folders, one a seed.
+        test_accuracy: Step -> test accuracy, one a seed; at step 0 before any training.
+    """
 
-
-def train_method(
-    method: Method, model: Any, starts: Mapping[int, PyTree], task: Task, plan: Plan, progress: Progress
-) -> Trained:
-    """Trains one method from the params of every seed in `starts`, with one compiled step."""
-    bar = progress.add_task(method.name, total=len(starts) * plan.n_steps)
-    trainer = trainer_of(method, model, plan.n_steps)
-    step = compile_step(trainer, next(iter(starts.values())), task, plan.batch_size)
-    runs = [
-        fit(trainer, step, params, task, plan, seed, advance=lambda: progress.advance(bar))
-        for seed, params in starts.items()
-    ]
-    return Trained(method, trainer, step, runs)
+    entry: Entry
+    programs: Programs
+    state: pj.TrainState
+    task: Task
+    folders: list[Path]
+    test_accuracy: list[dict[int, float]]
 
 
-def result_of(trained: Trained, step_seconds: float) -> report.Result:
-    """The method's row of the report."""
-    method, trainer, step, runs = trained
+def train_method(entry: Entry, folder: Path, base_name: str, settings: Settings, progress: Progress) -> Trained:
+    """Trains one method from every seed, with programs that are compiled once.
+
+    Args:
+        folder: Holds the pretrained checkpoint, and takes the runs.
+        base_name: What the adapters record as their base.
+    """
+    bar = progress.add_task(entry.name, total=len(settings.seeds))
+    config = dataclasses.replace(entry.config, base_model_name_or_path=base_name)
+    programs, folders, curves = None, [], []
+    for seed in settings.seeds:
+        loop = dataclasses.replace(settings.adapt, seed=seed)
+        digits = Digits(model=str(folder / PRETRAINED))
+        run = run_of(digits, config, loop, entry.learning_rate, entry.saved_learning_rate)
+        task = digits.build(make_mesh(run.mesh), run.rules, seed)
+        state = first_state(run, task)
+        programs = programs or compile_programs(run, task, state)
+        start = evaluate(programs, state.adapters, task.params, task.evaluation, loop.batch_size)
+        folders.append(folder / RUNS / re.sub(r"\W+", "-", entry.name.lower()) / f"seed-{seed}")
+        train(run, folders[-1], task=task, programs=programs, quiet=True)
+        curves.append({0: start["accuracy"]} | accuracies(folders[-1]))
+        progress.advance(bar)
+    return Trained(entry, programs, state, task, folders, curves)
+
+
+def step_seconds(trained: Sequence[Trained], batch_size: int) -> list[float]:
+    """The time of a train step of each method."""
+
+    def stepper_of(one: Trained) -> Callable[[], None]:
+        sharding = batch_sharding(mesh_of(one.task.params))
+        batch = next(batches(one.task.train, batch_size=batch_size, seed=0, start=0, stop=1, sharding=sharding))
+        return stepper(one.programs.step, one.state, one.task.params, batch)
+
+    return seconds_in_turns([stepper_of(one) for one in trained])
+
+
+def result_of(trained: Trained, seconds: float) -> report.Result:
+    """The method's row of the report, with the time of a step in seconds."""
+    entry = trained.entry
     return report.Result(
-        method=method.name,
-        trainable_parameters=trainer.trainable(runs[0].state),
-        learning_rate=method.learning_rate,
-        head_learning_rate=method.head_learning_rate,
-        step_seconds=step_seconds,
-        step_bytes=planned_bytes(step),
-        eval_steps=runs[0].eval_steps,
-        test_accuracy=[run.accuracies for run in runs],
+        method=entry.name,
+        trainable_parameters=pj.count(trained.state.adapters),
+        learning_rate=entry.learning_rate,
+        saved_learning_rate=entry.saved_learning_rate,
+        step_seconds=seconds,
+        step_bytes=planned_bytes(trained.programs.step),
+        eval_steps=list(trained.test_accuracy[0]),
+        test_accuracy=[list(curve.values()) for curve in trained.test_accuracy],
     )
 
 
 def merged_difference(
-    folder: Path, model: Any, params: PyTree, adapters: PyTree, config: Config, images: Array
+    folder: Path, checkpoint: Path, adapter: Path, images: Float[Array, "n 1 8 8"], seed: int
 ) -> float:
     """Merges an adapter, saves an ordinary HF checkpoint, loads it again: the largest difference between their logits.
 
     Both sides at full matmul precision, since a GPU or TPU rounds the operands of a matmul by default.
+
+    Args:
+        folder: Where the merged checkpoint goes.
+        checkpoint: The pretrained checkpoint.
+        adapter: The adapter of one run.
+        seed: The seed of that run, from which its head was drawn.
     """
+    model, params = hf.load(checkpoint, "image-classification", new_modules=(HEAD,), seed=seed)
+    adapters, config = pj.load_adapter(adapter, params)
     model.save_pretrained(folder, params=pj.merge(params, adapters, config), safe_serialization=True)
     merged_model, merged_params = hf.load(folder, "image-classification")
     with jax.default_matmul_precision("highest"):
@@ -203,25 +201,26 @@ def merged_difference(
     return float(jnp.max(jnp.abs(adapted - merged)))
 
 
-def run(folder: Path, settings: Settings, methods: Sequence[Method], console: Console) -> report.Report:
-    """The whole story, its checkpoints written into `folder`."""
+def logits_of(model: Any, params: PyTree, images: Float[Array, "n 1 8 8"]) -> Float[Array, "n labels"]:
+    """What an HF model says. Knows nothing of adapters: the library adapts it from outside."""
+    return model(images, params=params).logits
+
+
+def story(folder: Path, out: Path, settings: Settings, methods: Sequence[Entry], console: Console) -> report.Report:
+    """The whole story, its checkpoints and runs written into `folder`, which `out` takes over in the end."""
     started = time.perf_counter()
-    pretraining, task = tasks()
-    plan = settings.adapt
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        pretrained_accuracy = pretrain(folder / PRETRAINED, pretraining, settings.pretrain, progress)
-        load = functools.partial(hf.load, folder / PRETRAINED, "image-classification", new_modules=(HEAD,))
-        model, _ = load()
-        starts = {seed: load(seed=seed)[1] for seed in settings.seeds}
-        trained = [train_method(method, model, starts, task, plan, progress) for method in methods]
-
-    params = starts[settings.seeds[0]]
-    seconds = seconds_in_turns([stepper(t.trainer, t.step, params, task, plan.batch_size) for t in trained])
-    method, config, adapters = next(
-        (t.method, t.method.how, t.runs[0].state.adapters) for t in trained if isinstance(t.method.how, pj.PeanutConfig)
+        bar = progress.add_task("pretraining on 0-4", total=1)
+        pretrained_accuracy = pretrain(folder, settings.pretrain)
+        progress.advance(bar)
+        base_name = str((out / PRETRAINED).absolute())
+        trained = [train_method(entry, folder, base_name, settings, progress) for entry in methods]
+    seconds = step_seconds(trained, settings.adapt.batch_size)
+    first = next(one for one in trained if isinstance(one.entry.config, pj.PeanutConfig))
+    difference = merged_difference(
+        folder / MERGED, folder / PRETRAINED, first.folders[0] / "adapter", split(HIGH)[1].images, settings.seeds[0]
     )
-    difference = merged_difference(folder / MERGED, model, params, adapters, config, task.test.images)
     device = jax.local_devices()[0]
     return report.Report(
         versions={package.__name__: package.__version__ for package in (pj, jax, flax, transformers)},
@@ -229,14 +228,14 @@ def run(folder: Path, settings: Settings, methods: Sequence[Method], console: Co
         device_peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
         settings=dataclasses.asdict(settings),
         pretrained_test_accuracy=pretrained_accuracy,
-        results=[result_of(t, s) for t, s in zip(trained, seconds, strict=True)],
-        merged_method=method.name,
+        results=[result_of(one, each) for one, each in zip(trained, seconds, strict=True)],
+        merged_method=first.entry.name,
         merged_largest_logit_difference=difference,
         seconds=time.perf_counter() - started,
     )
 
 
-def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS, methods: Sequence[Method] = METHODS) -> None:
+def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS, methods: Sequence[Entry] = METHODS) -> None:
     """The command. `settings` and `methods` are for callers that want a shorter story."""
     parser = argparse.ArgumentParser(prog="python -m train.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -250,7 +249,7 @@ def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS, metho
     except FileExistsError as error:
         sys.exit(f"error: {error}")
     with replacing_entries(out) as folder:
-        found = run(folder, settings, methods, console)
+        found = story(folder, out, settings, methods, console)
         report.write_json(found, folder / JSON)
         report.plot(found, folder / PNG)
     console.print(report.table(found))
@@ -265,4 +264,8 @@ def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS, metho
 
 
 if __name__ == "__main__":
-    main()
+    # What the runs of several seeds compile alike is compiled once.
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        main()

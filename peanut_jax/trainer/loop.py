@@ -46,8 +46,24 @@ class Outcome(NamedTuple):
         return self.early or self.step == self.total
 
 
-def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    resume: bool = False,
+    task: Task | None = None,
+    programs: Programs | None = None,
+    quiet: bool = False,
+) -> Outcome:
     """Trains into `folder`, or goes on with the run that is there.
+
+    Args:
+        run: What to train.
+        folder: New or empty, or that of the run to resume.
+        resume: Go on from the newest checkpoint in `folder`.
+        task: What `run.task.build` gave; None builds it.
+        programs: From `compile_programs`, for this run or one with another seed; None compiles them.
+        quiet: Show no progress.
 
     Returns:
         Where it ended: after the last step, or early by `patience` or a signal, with everything saved.
@@ -61,9 +77,11 @@ def train(run: Run, folder: Path, *, resume: bool = False) -> Outcome:
         mesh = make_mesh(run.mesh)
         check_batch(run.loop.batch_size, mesh, run.loop.accumulate_steps)
         on_first(lambda: _open(run, folder, stack, resume))
-        task = run.task.build(mesh, run.rules, run.loop.seed)
+        if programs is not None:
+            programs.check(run)
+        task = task or run.task.build(mesh, run.rules, run.loop.seed)
         checkpoints = stack.enter_context(_checkpoints(run, task, folder))
-        outcome, state = _fit(run, task, folder, checkpoints, stack, resume)
+        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet)
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
@@ -90,7 +108,14 @@ def _checkpoints(run: Run, task: Task, folder: Path) -> Checkpoints:
 
 
 def _fit(
-    run: Run, task: Task, folder: Path, checkpoints: Checkpoints, stack: contextlib.ExitStack, resume: bool
+    run: Run,
+    task: Task,
+    folder: Path,
+    checkpoints: Checkpoints,
+    stack: contextlib.ExitStack,
+    resume: bool,
+    programs: Programs | None,
+    quiet: bool,
 ) -> tuple[Outcome, TrainState]:
     """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished."""
     total = run.loop.total(len(task.train))
@@ -101,8 +126,8 @@ def _fit(
     start = int(state.step)
     if record["done"]:
         return Outcome(start, total, early=start < total), state
-    programs = compile_programs(run, task, state)
-    watch = stack.enter_context(watching(run, task, folder, start))
+    programs = programs or compile_programs(run, task, state)
+    watch = stack.enter_context(watching(run, task, folder, start, quiet))
     asked = stack.enter_context(signalled())
     return _steps(run, task, state, record, programs, checkpoints, watch, asked)
 

@@ -1,5 +1,6 @@
 """What is compiled for a run: its train step, and the sums of its evaluation."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +26,25 @@ class Programs(NamedTuple):
     Attributes:
         step: (state, params, batch) -> (state, metrics); the state is donated.
         sums: (adapters, params, batch) -> sums of each metric over the batch, and `weight`.
+        run: What they were compiled for.
     """
 
     step: jax.stages.Compiled
     sums: Callable[[PyTree, PyTree, Any], dict[str, jax.Array]]
+    run: Run
+
+    def check(self, run: Run) -> None:
+        """Refuses a run that these were not compiled for.
+
+        Raises:
+            ValueError: naming the parts of the run that differ.
+        """
+        loop = dataclasses.replace(run.loop, seed=self.run.loop.seed)
+        there, here = vars(self.run), vars(dataclasses.replace(run, loop=loop))
+        if different := [name for name in here if there[name] != here[name]]:
+            raise ValueError(
+                f"the programs were compiled for another {', '.join(different)}: compile them for this run"
+            )
 
 
 def optimizer(run: Run, task: Task) -> optax.GradientTransformation:
@@ -51,7 +67,7 @@ def compile_programs(run: Run, task: Task, state: TrainState) -> Programs:
     batch = batch_shapes(task.train, run.loop.batch_size, sharding)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     sums = jax.jit(pj.adapt(constrain(task.sums, task.params), run.adapter), out_shardings=everywhere)
-    return Programs(step.lower(state, task.params, batch).compile(), sums)
+    return Programs(step.lower(state, task.params, batch).compile(), sums, run)
 
 
 def evaluate(programs: Programs, adapters: PyTree, params: PyTree, rows: Rows, batch_size: int) -> dict[str, float]:

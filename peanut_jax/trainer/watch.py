@@ -22,16 +22,17 @@ _AHEAD = 2  # steps that are sent off before the first of them is done
 
 
 @contextlib.contextmanager
-def watching(run: Run, task: Task, folder: Path, start: int) -> Iterator["Watch"]:
+def watching(run: Run, task: Task, folder: Path, start: int, quiet: bool) -> Iterator["Watch"]:
     """A watch that writes into the run's folder and shows a progress bar, both on the first process alone.
 
     Args:
         start: Steps that were taken before; what was written of later ones is dropped.
+        quiet: Show no progress bar.
     """
     total = run.loop.total(len(task.train))
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(Recorder(folder, resume_step=start)) if is_first() else None
-        bar = progress(total, start, "training", rate_unit=f"{task.unit}/s", enabled=is_first())
+        bar = progress(total, start, "training", rate_unit=f"{task.unit}/s", enabled=is_first() and not quiet)
         yield Watch(run.loop, start, run.optimizer.rate(total), recorder, stack.enter_context(bar))
 
 

@@ -7,7 +7,6 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import AutoTokenizer
@@ -18,6 +17,7 @@ from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.rows import WEIGHTS, Row, Rows
 from peanut_jax.trainer.tasks.base import DTYPES, Task
+from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 from peanut_jax.trainer.tasks.tables import check_text, read_table
 
 LABELS = "labels"
@@ -107,28 +107,6 @@ class Classification:
         positions = getattr(config, "max_position_embeddings", self.max_tokens + offset) - offset
         if self.max_tokens > positions:
             raise ValueError(f"task.max_tokens={self.max_tokens} must be at most the model's {positions} positions")
-
-
-def classification_sums(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    """Cross-entropy, correct answers and number of labels, summed over a batch.
-
-    Args:
-        logits: [rows, classes], of any floating dtype; summed in float32.
-        labels: [rows] integers.
-        weights: [rows], how much each label counts.
-    """
-    logits = logits.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    each = {"loss": loss, "accuracy": logits.argmax(-1) == labels, "weight": 1.0}
-    return {name: (values * weights).sum() for name, values in each.items()}
-
-
-def mean_loss(sums: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, the other metrics), each a mean, as `make_train_step` takes them, from sums over a batch."""
-    rest = dict(sums)
-    weight = rest.pop("weight")
-    means = {name: value / weight for name, value in rest.items()}
-    return means.pop("loss"), {**means, "weight": weight}
 
 
 class TextRows:
