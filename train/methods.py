@@ -7,8 +7,9 @@ for r = 8.
 Learning rates: the best of 30 pairs for each adapter, without a look at the test pictures. Mean accuracy over three
 draws of 112 validation pictures out of the 448 training pictures, each with a head of its own, at the quickstart's
 number of steps; a tie goes to the lower rates. Grid: 1e-3, 3e-3, 1e-2, 3e-2, 1e-1 for the adapter, by 1e-3, 3e-3, 1e-2,
-3e-2, 1e-1, 3e-1 for the head. The linear probe, which has only a head, was tried at these and 1.0; full fine-tuning, one
-rate for the whole model, at the adapter's five. Several runners-up are within 0.01, less than the spread of the draws.
+3e-2, 1e-1, 3e-1 for the head. The linear probe, which has only a head, was tried at these and 1.0; full fine-tuning,
+with one rate for the whole model, at the five of the adapters. Several runners-up are within 0.01, less than the spread
+of the draws.
 """
 
 import dataclasses

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import transformers
 from jaxtyping import Array, Float, PyTree
 from rich.console import Console
@@ -81,7 +82,7 @@ def run_of(
     task: Digits, config: AdapterConfig, loop: Loop, learning_rate: float, saved_learning_rate: float | None = None
 ) -> Run:
     """A run with Adam that warms up for a tenth of the steps, then decays along a cosine to 0."""
-    assert loop.steps is not None
+    assert loop.steps is not None  # as SETTINGS says
     optimizer = Optimizer(
         learning_rate=learning_rate,
         saved_learning_rate=saved_learning_rate,
@@ -100,7 +101,7 @@ def pretrain(folder: Path, loop: Loop) -> float:
     train(run, folder / RUNS / PRETRAINING, quiet=True)
     adapters, config = pj.load_adapter(folder / RUNS / PRETRAINING / "adapter", model.params)
     model.save_pretrained(folder / PRETRAINED, params=pj.merge(model.params, adapters, config), safe_serialization=True)
-    return accuracies(folder / RUNS / PRETRAINING)[loop.steps]
+    return list(accuracies(folder / RUNS / PRETRAINING).values())[-1]
 
 
 def accuracies(folder: Path) -> dict[int, float]:
@@ -136,7 +137,8 @@ def train_method(entry: Entry, folder: Path, base_name: str, settings: Settings,
     """
     bar = progress.add_task(entry.name, total=len(settings.seeds))
     config = dataclasses.replace(entry.config, base_model_name_or_path=base_name)
-    programs, folders, curves = None, [], []
+    programs: Programs | None = None
+    folders, curves = [], []
     for seed in settings.seeds:
         loop = dataclasses.replace(settings.adapt, seed=seed)
         digits = Digits(model=str(folder / PRETRAINED))
@@ -144,11 +146,13 @@ def train_method(entry: Entry, folder: Path, base_name: str, settings: Settings,
         task = digits.build(make_mesh(run.mesh), run.rules, seed)
         state = first_state(run, task)
         programs = programs or compile_programs(run, task, state)
+        assert task.evaluation is not None
         start = evaluate(programs, state.adapters, task.params, task.evaluation, loop.batch_size)
         folders.append(folder / RUNS / re.sub(r"\W+", "-", entry.name.lower()) / f"seed-{seed}")
         train(run, folders[-1], task=task, programs=programs, quiet=True)
         curves.append({0: start["accuracy"]} | accuracies(folders[-1]))
         progress.advance(bar)
+    assert programs is not None  # there is a seed
     return Trained(entry, programs, state, task, folders, curves)
 
 
@@ -179,7 +183,7 @@ def result_of(trained: Trained, seconds: float) -> report.Result:
 
 
 def merged_difference(
-    folder: Path, checkpoint: Path, adapter: Path, images: Float[Array, "n 1 8 8"], seed: int
+    folder: Path, checkpoint: Path, adapter: Path, images: Float[np.ndarray, "n 1 8 8"], seed: int
 ) -> float:
     """Merges an adapter, saves an ordinary HF checkpoint, loads it again: the largest difference between their logits.
 
@@ -201,7 +205,7 @@ def merged_difference(
     return float(jnp.max(jnp.abs(adapted - merged)))
 
 
-def logits_of(model: Any, params: PyTree, images: Float[Array, "n 1 8 8"]) -> Float[Array, "n labels"]:
+def logits_of(model: Any, params: PyTree, images: Float[np.ndarray, "n 1 8 8"]) -> Float[Array, "n labels"]:
     """What an HF model says. Knows nothing of adapters: the library adapts it from outside."""
     return model(images, params=params).logits
 

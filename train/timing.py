@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from peanut_jax.training import TrainState
@@ -25,6 +26,7 @@ def planned_bytes(step: jax.stages.Compiled) -> int | None:
 
 def stepper(step: jax.stages.Compiled, state: TrainState, params: PyTree, batch: PyTree) -> Callable[[], None]:
     """A function that takes one train step, from where the one before ended, and waits for it."""
+    state = jax.tree.map(jnp.copy, state)  # the step donates its state
 
     def take() -> None:
         nonlocal state
