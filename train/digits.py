@@ -26,7 +26,7 @@ from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 
 SPLIT_SEED = 0
 N_CLASSES = 5
-HEAD = "classifier"
+BODY, HEAD = "vit", "classifier"  # the modules of the ViT
 LOW, HIGH = "0-4", "5-9"
 # Half of the second set is for testing, so that one picture is no more than about 0.2 points of accuracy.
 _TEST_FRACTION = {LOW: 0.2, HIGH: 0.5}

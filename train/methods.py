@@ -16,9 +16,7 @@ import dataclasses
 
 import peanut_jax as pj
 from peanut_jax.methods.base import AdapterConfig
-
-HEAD = "classifier"
-BODY = "vit"
+from train.digits import BODY, HEAD
 
 
 @dataclasses.dataclass(frozen=True)

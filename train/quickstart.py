@@ -41,8 +41,8 @@ from peanut_jax.trainer.metrics_file import read_metrics
 from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
 from peanut_jax.trainer.tasks.base import Task
 from train import report
-from train.digits import HIGH, LOW, N_CLASSES, Digits, split
-from train.methods import BODY, HEAD, METHODS, Entry
+from train.digits import BODY, HEAD, HIGH, LOW, N_CLASSES, Digits, split
+from train.methods import METHODS, Entry
 from train.timing import planned_bytes, seconds_in_turns, stepper
 
 VIT = {

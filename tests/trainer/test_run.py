@@ -17,6 +17,7 @@ from peanut_jax.trainer import Optimizer, Run, loop, train
 from peanut_jax.trainer.data import batches
 from peanut_jax.trainer.loop import Outcome
 from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.programs import compile_programs, first_state
 from peanut_jax.trainer.recorder import Recorder
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -125,6 +126,17 @@ def test_a_resume_on_another_mesh(run, whole, tmp_path, signalled, monkeypatch):
     want = load_file(whole / ADAPTER)
     for name, tensor in load_file(folder / ADAPTER).items():
         assert np.linalg.norm(tensor - want[name]) <= 1e-5 * np.linalg.norm(want[name]), name
+
+
+def test_programs_are_shared_by_runs_of_other_seeds(run, whole, tmp_path):
+    """Compiled for seed 1 they train seed 0 as its own would; a run that differs in more is refused."""
+    other = changed(run, loop__seed=1)
+    task = run.task.build(make_mesh(run.mesh), run.rules, 0)
+    programs = compile_programs(other, task, first_state(other, task))
+    assert train(run, tmp_path / "run", task=task, programs=programs, quiet=True) == Outcome(8, 8)
+    assert_identical(tmp_path / "run", whole)
+    with pytest.raises(ValueError, match="the programs were compiled for another adapter, optimizer"):
+        train(changed(run, adapter__r=2, optimizer__b1=0.5), tmp_path / "other", task=task, programs=programs)
 
 
 def test_a_resume_of_a_complete_run_changes_nothing(run, whole):
