@@ -44,5 +44,5 @@ METHODS = (
     Entry("nonlinear LoRA", pj.LoraConfig(r=10, act_fn="relu", modules_to_save=_NEW), 1e-2, 1e-2),
     Entry("multiplicative LoRA", pj.PeanutConfig(r=10, act_fn="linear", modules_to_save=_NEW), 1e-2, 3e-2),
     Entry("linear probe", pj.SubsetConfig(modules_to_save=_NEW), 1e-1),
-    Entry("full fine-tuning", pj.SubsetConfig(modules_to_save=(BODY, HEAD)), 3e-3),
+    Entry("full fine-tuning", pj.SubsetConfig(modules_to_save=(BODY, HEAD)), 1e-3),
 )

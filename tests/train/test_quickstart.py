@@ -117,7 +117,7 @@ def test_all_adapters_have_the_same_size():
 
 
 def test_a_new_head_must_be_trained():
-    with pytest.raises(ValueError, match="adapter.modules_to_save must name the new head 'classifier'"):
+    with pytest.raises(ValueError, match=r"adapter\.modules_to_save must name the new head 'classifier'"):
         quickstart.run_of(Digits(model="m"), pj.LoraConfig(r=2), SETTINGS.adapt, 0.1)
 
 
