@@ -19,7 +19,7 @@ import optax
 from transformers import AutoTokenizer
 
 import peanut_jax as pj
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.trainer.packing import pack
@@ -54,7 +54,7 @@ def lora_rank(params: dict, budget: int) -> tuple[int, int]:
     return best, sizes[best]
 
 
-def run(model: Decoder, params: dict, config: Config, train: dict, test: dict, args: argparse.Namespace, seed: int):
+def run(model: Decoder, params: dict, config: Method, train: dict, test: dict, args: argparse.Namespace, seed: int):
     """(step, held-out loss a token) every `args.every` steps."""
 
     def loss_fn(params, batch, key):
@@ -100,7 +100,7 @@ def main() -> None:
     peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, target_modules=TARGETS)
     budget = pj.count(pj.init(jax.random.key(0), params, peanut))
     rank, lora_size = lora_rank(params, budget)
-    configs: dict[str, Config] = {
+    configs: dict[str, Method] = {
         f"PEANuT, r {args.rank}, depth {args.depth}: {budget:,} parameters": peanut,
         f"LoRA, r {rank}: {lora_size:,} parameters": pj.LoraConfig(r=rank, target_modules=TARGETS),
     }

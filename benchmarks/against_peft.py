@@ -127,7 +127,12 @@ class OurSide:
     """peanut_jax with the base and the starting adapter of a `PeftSide`."""
 
     def __init__(
-        self, base: transformers.PreTrainedModel, adapters: dict, config: pj.PeanutConfig, optimizer: str, lr: float
+        self,
+        base: transformers.PreTrainedModel,
+        adapters: pj.Adapters,
+        config: pj.PeanutConfig,
+        optimizer: str,
+        lr: float,
     ):
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(folder)

@@ -40,7 +40,8 @@ from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 
 import peanut_jax as pj
 from peanut_jax import hlo
-from peanut_jax.methods.base import ORIENTATIONS, Config
+from peanut_jax.methods.base import Method
+from peanut_jax.methods.peanut import ORIENTATIONS
 from peanut_jax.models.decoder import CHUNK, Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, from_hf
 from peanut_jax.plan import device_bytes
@@ -137,7 +138,7 @@ def roberta(config: RobertaConfig, mesh: Mesh, batch: int, seq: int) -> Case:
     return Case(loss_fn, params, _batch({"tokens": "int32"}, (batch, seq), mesh), TARGETS["roberta"])
 
 
-def compiled_step(case: Case, adapter: Config, *, constrained: bool = True) -> tuple[jax.stages.Compiled, Any]:
+def compiled_step(case: Case, adapter: Method, *, constrained: bool = True) -> tuple[jax.stages.Compiled, Any]:
     """The train step with AdamW, and the state's shapes.
 
     Args:
@@ -159,7 +160,7 @@ def compiled_step(case: Case, adapter: Config, *, constrained: bool = True) -> t
     return step.lower(state, case.params, case.batch).compile(), state
 
 
-def cost(case: Case, adapter: Config, *, constrained: bool = True, dtype: str = "float32") -> Cost:
+def cost(case: Case, adapter: Method, *, constrained: bool = True, dtype: str = "float32") -> Cost:
     """What the train step takes on one device; see the head of this file for `dtype`."""
     compiled, state = compiled_step(case, adapter, constrained=constrained)
     memory, text = compiled.memory_analysis(), compiled.as_text()

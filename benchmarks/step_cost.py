@@ -32,8 +32,7 @@ import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio, stepping
 from peanut_jax import hlo
 from peanut_jax.base.kernels import flatten, replace
-from peanut_jax.methods.base import Config
-from peanut_jax.methods.tweaker import delta
+from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import Decoder, variable_shapes
 from peanut_jax.models.decoder_config import REMAT_POLICIES, from_hf
 
@@ -94,7 +93,7 @@ MODELS: dict[str, Callable[..., tuple[Callable, dict]]] = {"flax-llama": flax_ll
 
 def materialized(fn: Callable, pairs: dict) -> Callable:
     """`fn` with x @ dW added to every adapted Dense, dW formed as a matrix."""
-    updates = {path: delta(*pair) for path, pair in pairs.items()}
+    updates = {path: pair.delta() for path, pair in pairs.items()}
 
     def add(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
@@ -114,13 +113,13 @@ def merged(fn: Callable, pairs: dict) -> Callable:
     def call(params, *args):
         flat = flatten(params)
         return fn(
-            replace(params, {p: flat[p] + delta(*pair).astype(flat[p].dtype) for p, pair in pairs.items()}), *args
+            replace(params, {p: flat[p] + pair.delta().astype(flat[p].dtype) for p, pair in pairs.items()}), *args
         )
 
     return call
 
 
-def make_step(method: str, loss_fn: Callable, config: Config, tx, accumulate: int) -> Any:
+def make_step(method: str, loss_fn: Callable, config: Method, tx, accumulate: int) -> Any:
     """A jitted step; the two that form dW are written here, for the library has no such road."""
     if method in ("lora", "peanut"):
         return pj.make_train_step(loss_fn, tx, config, accumulate_steps=accumulate)
@@ -192,7 +191,7 @@ def main() -> None:
 
     lora = pj.LoraConfig(r=args.rank, target_modules=TARGETS)
     peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
-    configs: dict[str, Config] = {"lora": lora} if args.method == "lora" else {"lora": lora, args.method: peanut}
+    configs: dict[str, Method] = {"lora": lora} if args.method == "lora" else {"lora": lora, args.method: peanut}
     tx = optax.adamw(1e-3)
     records: dict[str, dict] = {}
     steps = {}

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import peanut_jax as pj
 from benchmarks.timing import alternate, median_ratio
-from peanut_jax.methods import tweaker
-from peanut_jax.methods.activations import ACTIVATIONS
+from peanut_jax.matrices import Plain
 
 
 def plain(kernel: jax.Array, theta: dict, orientation: str) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +28,9 @@ def plain(kernel: jax.Array, theta: dict, orientation: str) -> tuple[jax.Array, 
 
 
 def written(kernel: jax.Array, theta: dict, orientation: str) -> tuple[jax.Array, jax.Array]:
-    return tweaker.factors(kernel, theta, act=ACTIVATIONS["relu"], scaling=1.0, orientation=orientation)
+    config = pj.PeanutConfig(r=theta["a"].shape[-1], orientation=orientation)
+    left, right = config.update(theta, Plain(kernel))
+    return left, right
 
 
 def _run(step: Any, *args: Any) -> None:
@@ -46,8 +48,8 @@ def main() -> None:
 
     kernel = jax.random.normal(jax.random.key(0), (args.d_in, args.d_out), jnp.dtype(args.dtype))
     for orientation in ("output", "input"):
-        shapes = tweaker.shapes(args.d_in, args.d_out, args.rank, 0, orientation)
-        theta = tweaker.init(jax.random.key(1), shapes, zero_b=False)
+        config = pj.PeanutConfig(r=args.rank, orientation=orientation, init_weights=False)
+        theta = config.start(jax.random.key(1), Plain(kernel))
         cotangents = (jnp.ones((args.d_in, args.rank)), jnp.ones((args.rank, args.d_out)))
         compiled: dict[str, Any] = {}
         for name, fn in (("plain", plain), ("written", written)):

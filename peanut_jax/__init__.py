@@ -1,23 +1,34 @@
 """PEANuT (arXiv:2410.01870) for Flax: weight-aware adapters at LoRA's cost."""
 
-from peanut_jax.adapters import combine, count, factors, init, merge, with_saved
+from typing import NoReturn
+
+from peanut_jax.adapters import Adapters, compute_updates, count, factors, init, merge, with_saved
 from peanut_jax.base.select import select
-from peanut_jax.frontends.linen import adapt, intercept, kernel_axes
+from peanut_jax.frontends.linen import adapt, bind, unbind
+from peanut_jax.frontends.linen_modules import kernel_axes
 from peanut_jax.interop.fingerprint import fingerprint
 from peanut_jax.interop.lora import from_lora, init_from_factors, to_lora
 from peanut_jax.interop.merged import export_merged
 from peanut_jax.interop.peft import load_adapter, save_adapter
-from peanut_jax.methods.base import LoraConfig, PeanutConfig
+from peanut_jax.methods.lora import LoraConfig
+from peanut_jax.methods.peanut import PeanutConfig
+from peanut_jax.methods.subset import SubsetConfig
 from peanut_jax.training import TrainState, freeze, make_train_step, partition, trainable_mask
+from peanut_jax.updates import LowRank, combine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapters",
     "LoraConfig",
+    "LowRank",
     "PeanutConfig",
+    "SubsetConfig",
     "TrainState",
     "adapt",
+    "bind",
     "combine",
+    "compute_updates",
     "count",
     "export_merged",
     "factors",
@@ -26,7 +37,6 @@ __all__ = [
     "from_lora",
     "init",
     "init_from_factors",
-    "intercept",
     "kernel_axes",
     "load_adapter",
     "make_train_step",
@@ -36,5 +46,15 @@ __all__ = [
     "select",
     "to_lora",
     "trainable_mask",
+    "unbind",
     "with_saved",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "intercept":
+        raise AttributeError(
+            "peanut_jax.intercept is gone: it found modules by path, and so changed other models too. "
+            "bind(fn, updates) calls a function with updates"
+        )
+    raise AttributeError(f"module 'peanut_jax' has no attribute {name!r}")

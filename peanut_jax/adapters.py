@@ -1,103 +1,128 @@
-"""The adapter pytree: one flat dict, kernel path -> theta, and path -> array for the leaves of saved modules."""
+"""An adapter: what is trained for each kernel, and the leaves of the modules that are trained in full."""
 
-import math
+import dataclasses
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jax.tree_util import DictKey
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from peanut_jax.base.kernels import Axes, Kernel, Leaf, flatten, replace
+from peanut_jax.base.kernels import Leaf, flatten, replace
 from peanut_jax.base.select import Target, saved_paths, select
-from peanut_jax.methods import tweaker
-from peanut_jax.methods.activations import ACTIVATIONS
-from peanut_jax.methods.base import Config, LoraConfig, PeanutConfig
+from peanut_jax.matrices import Plain
+from peanut_jax.methods.base import Method, Theta, checked
+from peanut_jax.updates import KernelUpdate, LowRank, Updates, scattered
 
 NOT_FINITE = "the base kernel holds a NaN or an infinity: {paths}"
 
-Adapters = dict[str, tweaker.Theta | Array]
-FactorTree = dict[str, tweaker.Factors]
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(eq=False)
+class Adapters:
+    """What is trained. A pytree that flattens as one mapping of both fields would, sorted by path.
+
+    Attributes:
+        theta: Kernel path -> name -> float32 array, layer axes leading.
+        saved: Path -> array, of the leaves of the saved modules.
+    """
+
+    theta: dict[str, Theta]
+    saved: dict[str, Array]
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[DictKey, Any]], tuple[tuple[str, bool], ...]]:
+        """Children by path, and which of them are thetas."""
+        paths = sorted({*self.theta, *self.saved})
+        children = [(DictKey(path), self.theta[path] if path in self.theta else self.saved[path]) for path in paths]
+        return children, tuple((path, path in self.theta) for path in paths)
+
+    @classmethod
+    def tree_unflatten(cls, kinds: tuple[tuple[str, bool], ...], children: Any) -> "Adapters":
+        """The inverse."""
+        parts: tuple[dict, dict] = {}, {}
+        for (path, is_theta), child in zip(kinds, children, strict=True):
+            parts[0 if is_theta else 1][path] = child
+        return cls(*parts)
 
 
-def init(key: PRNGKeyArray, params: PyTree, config: Config, axes: Axes | None = None) -> Adapters:
-    """A fresh adapter for `params`; with `init_weights=True` an exact no-op.
+def init(key: PRNGKeyArray, params: PyTree, config: Method) -> Adapters:
+    """A fresh adapter for `params`: an exact no-op unless the config asks for another start.
 
     Each kernel's key is folded from its path, so that adding a target changes no other draw.
 
     Args:
         key: A PRNG key.
         params: Frozen base parameters; tracers and `jax.eval_shape` are fine, and then values are not checked.
-        config: What to adapt.
-        axes: From `kernel_axes`; only DenseGeneral kernels without a bias need it.
+        config: What to adapt, and how.
 
     Returns:
-        Kernel path -> theta (float32, layer axes leading), and path -> array for saved modules, copied as they are.
+        Float32 thetas, and copies of the saved modules as they are.
 
     Raises:
-        ValueError: bad params or config (see `select`); a targeted kernel with a NaN or an infinity, by path.
-        NotImplementedError: a target that is no dense kernel.
+        ValueError: bad params or config (see `select`); a targeted kernel with a NaN or an infinity, by path; a key
+            that is none.
+        NotImplementedError: a target that is not a dense kernel.
 
     Example:
-        adapters = pj.init(jax.random.key(0), params, pj.PeanutConfig(r=8, target_modules=["query", "value"]))
+        >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
+        >>> adapters = init(jax.random.key(0), params, PeanutConfig(r=2, target_modules=["query"]))
+        >>> jax.tree.map(jnp.shape, adapters.theta)
+        {'query/kernel': {'a': (6, 2), 'b': (2, 6)}}
     """
+    check_key(key)
     flat = flatten(params)
-    targets = select(params, config, axes)
+    targets = select(params, checked(config))
     check_finite({path: flat[path] for path in targets}, NOT_FINITE)
-    adapters: Adapters = {}
-    for path, target in targets.items():
-        zero_b = config.init_weights if isinstance(config, PeanutConfig) else True
-        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        adapters[path] = tweaker.init(path_key, theta_shapes(target.kernel, config), target.stack, zero_b)
-    for path in saved_paths(flat, config):
-        adapters[path] = jnp.array(flat[path])
-    return adapters
+    theta = {
+        path: config.start(jax.random.fold_in(key, zlib.crc32(path.encode())), Plain(target.matrix(flat[path])))
+        for path, target in targets.items()
+    }
+    return Adapters(theta, {path: jnp.array(flat[path]) for path in saved_paths(flat, config)})
 
 
-def factors(adapters: Adapters, params: PyTree, config: Config) -> FactorTree:
-    """The low-rank update of every adapted kernel: path -> (left [*stack, d_in, r], right [*stack, r, d_out]).
+def compute_updates(adapters: Adapters, params: PyTree, config: Method) -> Updates:
+    """The update of every adapted kernel, by path: what the front end binds, and what is merged and exported.
 
-    dW = left @ right, with `scaling` folded in. A pure function, cheap beside a forward pass, and the only one that
-    knows the method; everything else sees pairs. Rows of a layer stack that are not adapted hold zeros.
+    A pure function, cheap beside a forward pass. Rows of a layer stack that are not adapted hold zeros.
 
     Raises:
         ValueError: if `adapters` does not belong to this config and these params, naming the leaves.
     """
     flat = flatten(params)
     targets = check(adapters, params, config)
-    return {path: _scattered_pair(adapters[path], flat[path], target, config) for path, target in targets.items()}
+    return {path: _update(adapters.theta[path], flat, target, config) for path, target in targets.items()}
 
 
-def pair(theta: tweaker.Theta, kernel: Float[Array, "*layers d_in d_out"], config: Config) -> tweaker.Factors:
-    """(left [*layers, d_in, r], right [*layers, r, d_out]) of one kernel. Nothing else knows the method."""
-    act = ACTIVATIONS[config.act_fn]
-    if isinstance(config, LoraConfig):
-        return tweaker.lora_factors(theta, act=act, scaling=config.scaling)
-    return tweaker.factors(kernel, theta, act=act, scaling=config.scaling, orientation=config.orientation)
+def factors(adapters: Adapters, params: PyTree, config: Method) -> dict[str, LowRank]:
+    """As `compute_updates`, of a method whose updates are low-rank: dW = left @ right, with `scaling` folded in.
+
+    Returns:
+        Kernel path -> (left [*stack, d_in, r], right [*stack, r, d_out]).
+
+    Raises:
+        ValueError: as `compute_updates`; an update that is not low-rank.
+    """
+    found: dict[str, LowRank] = {}
+    for path, update in compute_updates(adapters, params, config).items():
+        if not isinstance(update, LowRank):
+            raise ValueError(
+                f"the update of {path!r} is a {type(update).__name__}, which has no factors left @ right; use "
+                "peanut_jax.compute_updates, or merge"
+            )
+        found[path] = update
+    return found
 
 
-def _scattered_pair(theta: tweaker.Theta | Array, stored: Leaf, target: Target, config: Config) -> tweaker.Factors:
-    assert isinstance(theta, dict)  # check() has been here
-    left, right = pair(theta, target.matrix(stored), config)
-    if target.rows is None:
-        return left, right
-    layers = target.kernel.stack[0]
-    return _scatter(left, target.rows, layers), _scatter(right, target.rows, layers)
+def _update(theta: Theta, flat: Mapping[str, Leaf], target: Target, config: Method) -> KernelUpdate:
+    kernel = Plain(target.matrix(flat[target.kernel.path]))
+    update = config.update(theta, kernel, target.bias(flat))
+    return update if target.rows is None else scattered(update, target.rows, target.kernel.stack[0])
 
 
-def combine(*trees: FactorTree) -> FactorTree:
-    """Several adapters at once: the sum of their updates, each computed from the original W0, as one set of pairs."""
-    return {
-        path: (
-            jnp.concatenate([tree[path][0] for tree in trees if path in tree], axis=-1),
-            jnp.concatenate([tree[path][1] for tree in trees if path in tree], axis=-2),
-        )
-        for path in dict.fromkeys(path for tree in trees for path in tree)
-    }
-
-
-def merge(params: PyTree, adapters: Adapters, config: Config) -> PyTree:
+def merge(params: PyTree, adapters: Adapters, config: Method) -> PyTree:
     """W0 + dW in a new tree of the same kind, with the saved modules in place; `params` stays as it is.
 
     Summed in float32 at full matmul precision, then rounded once to the kernel's dtype. There is no way back by
@@ -111,58 +136,48 @@ def merge(params: PyTree, adapters: Adapters, config: Config) -> PyTree:
     merged = {}
     with jax.default_matmul_precision("highest"):
         for path, target in targets.items():
-            update = tweaker.delta(*_scattered_pair(adapters[path], flat[path], target, config))
-            total = flat[path].astype(jnp.float32) + target.kernel.stored(update)
+            kernel = target.kernel.matrix(flat[path].astype(jnp.float32))
+            update = _update(adapters.theta[path], flat, target, config)
+            total = target.kernel.stored(kernel + update.delta(kernel))
             merged[path] = total.astype(flat[path].dtype)
     check_finite(merged, "NaNs detected in the merged weights; the adapter or the base is broken at {paths}")
-    return replace(params, {**merged, **saved(adapters)})
+    return replace(params, {**merged, **adapters.saved})
 
 
 def with_saved(params: PyTree, adapters: Adapters) -> PyTree:
     """`params` with the leaves of the saved modules put in."""
-    leaves = saved(adapters)
-    return replace(params, leaves) if leaves else params
+    return replace(params, adapters.saved) if adapters.saved else params
 
 
-def saved(adapters: Adapters) -> dict[str, Array]:
-    """The leaves of the saved modules, by path."""
-    return {path: value for path, value in adapters.items() if not isinstance(value, Mapping)}
-
-
-def labels(adapters: Adapters) -> PyTree:
+def labels(adapters: Adapters) -> Adapters:
     """The same tree with "adapter" or "saved" for each leaf, for `optax.partition`."""
+    return Adapters(
+        {path: dict.fromkeys(theta, "adapter") for path, theta in adapters.theta.items()},  # type: ignore[arg-type]
+        dict.fromkeys(adapters.saved, "saved"),  # type: ignore[arg-type]
+    )
 
-    def label(value: tweaker.Theta | Array) -> PyTree:
-        return dict.fromkeys(value, "adapter") if isinstance(value, Mapping) else "saved"
 
-    return {path: label(value) for path, value in adapters.items()}
-
-
-def count(adapters: Adapters) -> int:
-    """Trainable parameters: theta and the saved modules."""
+def count(adapters: PyTree) -> int:
+    """Number of trainable parameters: theta and the saved modules."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
-def check(adapters: Adapters, params: PyTree, config: Config) -> dict[str, Target]:
+def check(adapters: Adapters, params: PyTree, config: Method) -> dict[str, Target]:
     """The targets of `adapters`, once its paths and shapes are what `config` asks of `params`.
 
     Raises:
-        ValueError: naming the leaves that are missing, not expected, or of another shape.
+        ValueError: naming the leaves that are missing, not expected, or of another shape; arguments in another order.
     """
-    if not isinstance(adapters, Mapping):
-        raise ValueError(f"adapters must be the mapping that init returns, got {type(adapters).__name__}")
+    check_adapters(adapters)
     flat = flatten(params)
-    targets = select(params, config, _axes_of(adapters, flat, config))
+    targets = select(params, checked(config))
     wanted = {
         (path, name): target.stack + shape
         for path, target in targets.items()
-        for name, shape in theta_shapes(target.kernel, config).items()
+        for name, shape in config.shapes(target.kernel.d_in, target.kernel.d_out).items()
     } | {(path, ""): tuple(flat[path].shape) for path in saved_paths(flat, config)}
-    given = {
-        (path, name): tuple(leaf.shape)
-        for path, value in adapters.items()
-        for name, leaf in (value.items() if isinstance(value, Mapping) else [("", value)])
-    }
+    given = {(path, name): tuple(leaf.shape) for path, theta in adapters.theta.items() for name, leaf in theta.items()}
+    given |= {(path, ""): tuple(leaf.shape) for path, leaf in adapters.saved.items()}
     problems = [
         *(f"{_name(leaf)} is missing" for leaf in wanted if leaf not in given),
         *(f"{_name(leaf)} is not asked for" for leaf in given if leaf not in wanted),
@@ -178,33 +193,22 @@ def check(adapters: Adapters, params: PyTree, config: Config) -> dict[str, Targe
     return targets
 
 
-def theta_shapes(kernel: Kernel, config: Config) -> tweaker.Shapes:
-    """The shapes of one kernel's theta, without layer axes."""
-    if isinstance(config, LoraConfig):
-        return tweaker.lora_shapes(kernel.d_in, kernel.d_out, config.r)
-    return tweaker.shapes(kernel.d_in, kernel.d_out, config.r, config.depth, config.orientation)
+def check_adapters(adapters: Any) -> None:
+    """Raises a ValueError for anything but `Adapters`, such as a parameter tree in its place."""
+    if not isinstance(adapters, Adapters):
+        raise ValueError(
+            f"adapters must be the Adapters that init returns, got {type(adapters).__name__}: are adapters and params "
+            "swapped?"
+        )
 
 
-def _axes_of(adapters: Adapters, flat: Mapping[str, Leaf], config: Config) -> Axes:
-    """How theta, made once by `init`, divides the axes of each kernel that has more than two."""
-    axes = {}
-    for path, theta in adapters.items():
-        if not isinstance(theta, Mapping) or path not in flat or flat[path].ndim == 2 or not {"a", "b"} <= set(theta):
-            continue
-        shape, n_stack = flat[path].shape, theta["a"].ndim - 2
-        d_out = theta["b"].shape[-1]
-        reads_output = not isinstance(config, LoraConfig) and config.orientation == "input"
-        for n_out in range(1, len(shape) - n_stack):
-            outs, ins = shape[len(shape) - n_out :], shape[n_stack : len(shape) - n_out]
-            side = ins if reads_output else outs
-            if math.prod(side) == d_out:
-                axes[path] = (len(ins), n_out)
-                break
-    return axes
-
-
-def _scatter(side: Array, rows: tuple[int, ...], layers: int) -> Array:
-    return jnp.zeros((layers, *side.shape[1:]), side.dtype).at[jnp.array(rows)].set(side)
+def check_key(key: Any) -> None:
+    """Raises a ValueError for anything but a PRNG key, such as an integer seed."""
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    raw = dtype == jnp.uint32 and shape is not None and len(shape) == 1
+    if not ((typed and shape == ()) or raw):
+        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {key!r}")
 
 
 def check_finite(arrays: Mapping[str, Leaf], message: str) -> None:

@@ -1,6 +1,7 @@
 """The `peanut-jax` command."""
 
 import argparse
+import dataclasses
 import logging
 import math
 import os
@@ -17,11 +18,12 @@ from rich.table import Table
 from peanut_jax.adapters import init
 from peanut_jax.base.kernels import flatten
 from peanut_jax.files.hub import read_json
-from peanut_jax.interop import peft_folder as peft_files
+from peanut_jax.interop import peft_folder
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.interop.verify import compare
-from peanut_jax.methods.base import ALL_LINEAR, PeanutConfig
+from peanut_jax.methods.base import ALL_LINEAR, Method
+from peanut_jax.methods.peanut import PeanutConfig
 from peanut_jax.models import decoder_config, hf
 from peanut_jax.models.loading import decoder_shapes
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
@@ -142,9 +144,14 @@ def _add_inspect(commands) -> None:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    """The arguments from which `_config` makes a PeanutConfig."""
-    command.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json to start from")
-    fields = command.add_argument_group("config fields", "as in PeanutConfig")
+    """The arguments from which `_config` makes a PEANuT, or changes the method that a file holds."""
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="an adapter_config.json to start from, of any method (default: a PEANuT)",
+    )
+    fields = command.add_argument_group("config fields", "as in the method's config")
     fields.add_argument("--r", "--rank", type=int)
     fields.add_argument("--depth", type=int)
     fields.add_argument("--orientation", choices=("output", "input"))
@@ -204,8 +211,8 @@ def _merge(args: argparse.Namespace) -> None:
 
 def _to_lora(args: argparse.Namespace) -> None:
     to_lora_folder(args.adapter, args.base, args.out, **_writing(args, "converting"))
-    config = peft_files.read(args.out).config
-    print(f"{args.out}: LoRA of rank {config.r}, lora_alpha = {config.r * config.scaling:g}, of {args.base}")
+    fields = vars(peft_folder.read(args.out).config)
+    print(f"{args.out}: LoRA of rank {fields['r']}, lora_alpha = {fields['r'] * fields['scaling']:g}, of {args.base}")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -239,7 +246,7 @@ def _show_notes() -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     folder = Path(args.model)
-    if (folder / peft_files.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if (folder / peft_folder.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         return _inspect_adapter(args.model)
     config = _config(args)
     model_type, shapes = _shapes(args.model, args.task)
@@ -248,17 +255,18 @@ def _inspect(args: argparse.Namespace) -> None:
     total = sum(leaf.size for leaf in flat.values())
     table = _table("kernel", "shape", "parameters", "share of the model", title=f"{model_type}: {args.model}")
     trained = 0
-    for path, value in adapters.items():
-        size = sum(leaf.size for leaf in jax.tree.leaves(value))
+    parts = {**adapters.theta, **{path: [leaf] for path, leaf in adapters.saved.items()}}
+    for path, part in parts.items():
+        size = sum(leaf.size for leaf in jax.tree.leaves(part))
         trained += size
         table.add_row(
-            path if isinstance(value, dict) else f"{path} (saved)",
+            path if path in adapters.theta else f"{path} (saved)",
             " x ".join(map(str, flat[path].shape)),
             f"{size:,}",
             f"{size / total:.4%}",
         )
     table.add_section()
-    table.add_row(f"{len(adapters)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
+    table.add_row(f"{len(parts)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
     _print(table)
 
 
@@ -322,8 +330,8 @@ def _shapes(source: str, task: str | None) -> tuple[str, dict]:
 
 
 def _inspect_adapter(folder: str) -> None:
-    adapter = peft_files.read(folder)
-    peft_type = peft_files.type_of(adapter.config)
+    adapter = peft_folder.read(folder)
+    peft_type = peft_folder.type_of(adapter.config).name
     table = _table("module", "parameters", "base fingerprint", title=f"{peft_type}: {folder}")
     total = 0
     for module, theta in adapter.thetas.items():
@@ -351,9 +359,9 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _config(args: argparse.Namespace) -> PeanutConfig:
+def _config(args: argparse.Namespace) -> Method:
     names = ("r", "depth", "orientation", "target_modules", "exclude_modules", "modules_to_save")
-    fields = vars(_config_file(args.config)).copy() if args.config else {}
+    fields: dict[str, Any] = {}
     for name in (*names, "layers_to_transform", "task_type"):
         value = getattr(args, name)
         if value is not None:
@@ -364,12 +372,6 @@ def _config(args: argparse.Namespace) -> PeanutConfig:
         fields["target_modules"] = args.target_regex
     elif args.target_modules == [ALL_LINEAR]:
         fields["target_modules"] = ALL_LINEAR
-    return PeanutConfig(**fields)
-
-
-def _config_file(path: Path) -> PeanutConfig:
-    fields = read_json(path)
-    config = peft_files.config_of(fields)
-    if not isinstance(config, PeanutConfig):
-        raise ValueError(f"{path} must hold a PEANuT config (peft_type 'PEANUT'), found {fields['peft_type']!r}")
-    return config
+    if args.config is None:
+        return PeanutConfig(**fields)
+    return dataclasses.replace(peft_folder.config_of(read_json(args.config)), **fields)

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from peanut_jax import hlo
 from peanut_jax.base.kernels import flatten, replace
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import CHUNK, Decoder, kept_dtype, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.sharding import (
@@ -125,7 +125,7 @@ def _rate(group: tuple[int, ...], chip: Chip) -> float:
 def plan(
     config: DecoderConfig,
     mesh: Mesh,
-    adapter: Config,
+    adapter: Method,
     *,
     batch_size: int,
     seq_len: int,

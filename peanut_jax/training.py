@@ -1,5 +1,6 @@
 """Training: a step that differentiates the adapters alone, and the optax way for one tree that holds everything."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from peanut_jax.adapters import Adapters, factors, labels, saved, with_saved
-from peanut_jax.frontends.linen import with_pairs
-from peanut_jax.methods.base import Config
+from peanut_jax.adapters import Adapters, check_adapters, check_key, compute_updates, labels, with_saved
+from peanut_jax.frontends.linen import bind
+from peanut_jax.methods.base import Method, checked
 
 LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Any]
 
@@ -34,7 +35,13 @@ class TrainState:
 
     @classmethod
     def create(cls, adapters: Adapters, tx: optax.GradientTransformation, key: PRNGKeyArray) -> "TrainState":
-        """The state before the first step. The arrays are copied: the step donates its state's buffers."""
+        """The state before the first step. The arrays are copied: the step donates its state's buffers.
+
+        Raises:
+            ValueError: adapters that are none, or an integer for a key.
+        """
+        check_adapters(adapters)
+        check_key(key)
         adapters = jax.tree.map(jnp.array, adapters)
         return cls(step=jnp.zeros((), jnp.int32), adapters=adapters, opt_state=tx.init(adapters), key=jnp.array(key))
 
@@ -42,7 +49,7 @@ class TrainState:
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    config: Config,
+    config: Method,
     *,
     accumulate_steps: int = 1,
     max_grad_norm: float | None = None,
@@ -71,50 +78,70 @@ def make_train_step(
         step = pj.make_train_step(loss_fn, optax.adamw(1e-3), config, max_grad_norm=1.0)
         state, metrics = step(state, params, batch)
     """
-    if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps must be an integer of at least 1, got {accumulate_steps!r}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
+    checked(config)
+    _check_arguments(loss_fn, accumulate_steps, max_grad_norm)
+
+    def loss(seen, params, microbatch, key):
+        bound, saved = seen
+        adapted = bind(loss_fn, bound, config.dropout)
+        result = adapted(with_saved(params, Adapters({}, saved)), microbatch, key)
+        value, metrics = result if isinstance(result, tuple) else (result, {})
+        metrics = {name: jnp.asarray(metric) for name, metric in {"loss": value, "weight": 1.0, **metrics}.items()}
+        return value, metrics
 
     def step(state: TrainState, params: PyTree, batch: PyTree):
-        # What the model sees of the adapters: the pairs, and the saved modules. Paid once, pulled back once.
-        def visible(adapters):
-            return factors(adapters, params, config), saved(adapters)
-
-        seen, pullback = jax.vjp(visible, state.adapters)
-
-        def loss(seen, microbatch, key):
-            pairs, modules = seen
-            result = with_pairs(loss_fn, pairs, config.dropout)(with_saved(params, modules), microbatch, key)
-            value, metrics = result if isinstance(result, tuple) else (result, {})
-            return value, {"loss": value, "weight": 1.0, **metrics}
-
+        # What the model sees of the adapters: the updates, and the saved modules. Paid once, pulled back once.
+        seen, pullback = jax.vjp(lambda a: (compute_updates(a, params, config), a.saved), state.adapters)
         key = jax.random.fold_in(state.key, state.step)
-        grads_of = jax.grad(loss, has_aux=True)
+
+        def grads_of(batch, key):
+            return jax.grad(loss, has_aux=True)(seen, params, batch, key)
+
         if accumulate_steps == 1:
-            grads, metrics = grads_of(seen, batch, key)
+            grads, metrics = grads_of(batch, key)
             del metrics["weight"]
         else:
             grads, metrics = _accumulate(grads_of, seen, _split(batch, accumulate_steps), key, accumulate_steps)
         (grads,) = pullback(grads)
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
-            factor = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
-            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
+            grads = _clipped(grads, norm, max_grad_norm)
+        changes, opt_state = tx.update(grads, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, changes)
         new = TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state, key=state.key)
         return new, {**metrics, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
 
 
+def _check_arguments(loss_fn: LossFn, accumulate_steps: Any, max_grad_norm: Any) -> None:
+    if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps must be an integer of at least 1, got {accumulate_steps!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of (params, batch, key), got {type(loss_fn).__name__}")
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError:  # a builtin has none
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise ValueError(f"loss_fn must take (params, batch, key), and takes {signature}: {error}") from error
+
+
+def _clipped(grads: PyTree, norm: Float[Array, ""], largest: float) -> PyTree:
+    factor = jnp.minimum(1.0, largest / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+
+
 def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRNGKeyArray, n: int):
     """The mean of gradients and metrics over microbatches, by weight, in one `lax.scan`."""
 
     def weighted(microbatch, key):
-        grads, metrics = grads_of(seen, microbatch, key)
-        weight = jnp.asarray(metrics.pop("weight"), jnp.float32)
+        grads, metrics = grads_of(microbatch, key)
+        weight = metrics.pop("weight").astype(jnp.float32)
         # The mean over a microbatch in which nothing counts may be 0 / 0; a NaN of any other is to be seen.
         return weight, jax.tree.map(
             lambda v: jnp.where(weight == 0, 0, weight * v.astype(jnp.float32)), (grads, metrics)
@@ -127,7 +154,8 @@ def _accumulate(grads_of: Callable, seen: PyTree, microbatches: PyTree, key: PRN
     first = jax.eval_shape(lambda xs: weighted(*jax.tree.map(lambda x: x[0], xs)), (microbatches, keys))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
     (weight, sums), _ = jax.lax.scan(body, zeros, (microbatches, keys))
-    grads, metrics = jax.tree.map(lambda s: s / weight, sums)
+    # Where nothing counts in any of them the sums are 0, and so is the mean.
+    grads, metrics = jax.tree.map(lambda s: s / jnp.where(weight == 0, 1, weight), sums)
     grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, seen)
     return grads, metrics
 

@@ -25,9 +25,9 @@ def test_one_key_a_kernel(params):
     """Adding a target changes no other draw, and no two kernels share one."""
     alone = pj.init(jax.random.key(0), params, config_of())
     more = pj.init(jax.random.key(0), params, config_of(target_modules=["query", "value"], layers_to_transform=0))
-    jax.tree.map(np.testing.assert_array_equal, alone[QUERY.format(0)], more[QUERY.format(0)])
-    draws = [np.asarray(theta["a"]).tobytes() for theta in more.values()] + [
-        np.asarray(alone[QUERY.format(1)]["a"]).tobytes()
+    jax.tree.map(np.testing.assert_array_equal, alone.theta[QUERY.format(0)], more.theta[QUERY.format(0)])
+    draws = [np.asarray(theta["a"]).tobytes() for theta in more.theta.values()] + [
+        np.asarray(alone.theta[QUERY.format(1)]["a"]).tobytes()
     ]
     assert len(set(draws)) == 3
 
@@ -65,7 +65,7 @@ def test_a_kernel_that_is_not_finite_is_named(params, bad, as_array):
 
 def test_merge_refuses_a_broken_adapter(params):
     adapters = pj.init(jax.random.key(0), params, config_of())
-    adapters[QUERY.format(0)]["b"] = adapters[QUERY.format(0)]["b"].at[0, 0].set(jnp.nan)
+    adapters.theta[QUERY.format(0)]["b"] = adapters.theta[QUERY.format(0)]["b"].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=f"NaNs detected in the merged weights.*{QUERY.format(0)}"):
         pj.merge(params, adapters, config_of())
 
@@ -102,7 +102,7 @@ def test_a_config_for_other_params_is_refused(params):
     adapters = pj.init(jax.random.key(0), params, config_of())
     with pytest.raises(ValueError, match="entry 'query' matched none of 1 kernels"):
         pj.factors(adapters, {"mlp": {"kernel": jnp.ones((4, 4))}}, config_of())
-    with pytest.raises(ValueError, match="adapters must be the mapping that init returns, got list"):
+    with pytest.raises(ValueError, match="adapters must be the Adapters that init returns, got list"):
         pj.factors([1], params, config_of())
 
 
@@ -133,7 +133,7 @@ def test_merge_returns_the_same_kind_of_tree_and_shares_what_it_leaves(params):
 def test_saved_modules_are_trained_copies_that_merge_puts_in(params):
     config = config_of(task_type="SEQ_CLS", init_weights=True)
     adapters = pj.init(jax.random.key(0), params, config)
-    adapters["classifier/bias"] += 1.0
+    adapters.saved["classifier/bias"] += 1.0
     np.testing.assert_array_equal(
         pj.merge(params, adapters, config)["classifier"]["bias"], params["classifier"]["bias"] + 1
     )
@@ -142,10 +142,12 @@ def test_saved_modules_are_trained_copies_that_merge_puts_in(params):
 def test_lora_takes_the_same_road(params):
     config = pj.LoraConfig(r=3, target_modules=["query"], scaling=2.0)
     adapters = pj.init(jax.random.key(0), params, config)
-    assert {name: leaf.shape for name, leaf in adapters[QUERY.format(0)].items()} == {"a": (16, 3), "b": (3, 16)}
-    assert not adapters[QUERY.format(0)]["b"].any()
-    adapters[QUERY.format(0)]["b"] = jnp.ones((3, 16))
+    assert {name: leaf.shape for name, leaf in adapters.theta[QUERY.format(0)].items()} == {"a": (16, 3), "b": (3, 16)}
+    assert not adapters.theta[QUERY.format(0)]["b"].any()
+    adapters.theta[QUERY.format(0)]["b"] = jnp.ones((3, 16))
     update = pj.merge(params, adapters, config)["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]
     np.testing.assert_allclose(
-        update - flatten(params)[QUERY.format(0)], 2.0 * adapters[QUERY.format(0)]["a"] @ jnp.ones((3, 16)), atol=1e-6
+        update - flatten(params)[QUERY.format(0)],
+        2.0 * adapters.theta[QUERY.format(0)]["a"] @ jnp.ones((3, 16)),
+        atol=1e-6,
     )

@@ -56,7 +56,7 @@ def test_the_example_and_its_commands_run_as_written(roberta, tmp_path, monkeypa
     adapted = pj.adapt(lambda params, **x: names["model"](**x, params=params).logits, names["config"])(
         names["state"].adapters, names["params"], **tokens
     )
-    assert float(jax.numpy.abs(names["state"].adapters["classifier/out_proj/bias"]).max()) > 0
+    assert float(jax.numpy.abs(names["state"].adapters.saved["classifier/out_proj/bias"]).max()) > 0
 
     commands = re.findall(r"^    peanut-jax ((?:merge|to-lora|verify) FacebookAI.*)$", text, re.MULTILINE)
     assert len(commands) == 3

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, PyTree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, shard
 from peanut_jax.trainer.checks import check_choice
@@ -71,7 +71,7 @@ class Digits:
     def __post_init__(self) -> None:
         check_choice("task.digits", self.digits, (LOW, HIGH))
 
-    def check(self, adapter: AdapterConfig) -> None:
+    def check(self, adapter: Method) -> None:
         """Refuses an adapter that leaves a new head untrained.
 
         Raises:

@@ -15,7 +15,7 @@ of the draws.
 import dataclasses
 
 import peanut_jax as pj
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from train.digits import BODY, HEAD
 
 
@@ -31,7 +31,7 @@ class Entry:
     """
 
     name: str
-    config: AdapterConfig
+    config: Method
     learning_rate: float
     saved_learning_rate: float | None = None
 

@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import refuse_foreign, replacing_entries
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import batch_sharding, make_mesh, mesh_of
 from peanut_jax.trainer import Loop, Optimizer, Run, train
@@ -79,7 +79,7 @@ SETTINGS = Settings(
 
 
 def run_of(
-    task: Digits, config: AdapterConfig, loop: Loop, learning_rate: float, saved_learning_rate: float | None = None
+    task: Digits, config: Method, loop: Loop, learning_rate: float, saved_learning_rate: float | None = None
 ) -> Run:
     """A run with Adam that warms up for a tenth of the steps, then decays along a cosine to 0."""
     assert loop.steps is not None  # as SETTINGS says

@@ -16,7 +16,9 @@ def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers
     # One reduction for both: XLA on CPU would otherwise keep `bits`, and each product, as an array of its own.
     zero = jnp.uint32(0)
     sums = lax.reduce(terms, [zero, zero], lambda x, y: [x[0] + y[0], x[1] + y[1]], (kernel.ndim - 1,))
-    sums = [(one * position_weights(kernel.shape[-2], ~seed)).sum(-1) for one, seed in zip(sums, SEEDS, strict=True)]
+    rows = [position_weights(kernel.shape[-2], ~seed) for seed in SEEDS]
+    # Without a dtype jax_enable_x64 would add them up as 64-bit integers, to another digest.
+    sums = [(one * weights).sum(-1, dtype=jnp.uint32) for one, weights in zip(sums, rows, strict=True)]
     return jnp.stack(sums, axis=-1)
 
 

@@ -18,6 +18,8 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 COLLECTION = "params"
+# What a front end binds beside a kernel stands under this name in its module's params, and is not a parameter.
+BOUND = "peanut_update"
 # A leaf of a parameter tree: a jax or numpy array, or a jax.ShapeDtypeStruct where only shapes are asked for.
 Leaf = Any
 Axes = Mapping[str, tuple[int, int]]
@@ -79,8 +81,9 @@ def flatten(params: PyTree) -> dict[str, Leaf]:
         ValueError: if it is no mapping of arrays, naming the first leaf that is none.
     """
     if not isinstance(params, Mapping):
-        raise ValueError(f"params must be a nested mapping of arrays, got {type(params).__name__}")
+        raise ValueError(f"params must be a nested mapping of arrays, got {type(params).__name__}{_hint(params)}")
     flat = flatten_dict(flax.core.unfreeze(params.get(COLLECTION, params)), sep="/")
+    flat = {path: leaf for path, leaf in flat.items() if path.rpartition("/")[2] != BOUND}
     for path, leaf in flat.items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             boxed = isinstance(leaf, nn.meta.AxisMetadata)
@@ -91,6 +94,16 @@ def flatten(params: PyTree) -> dict[str, Leaf]:
     if not flat:
         raise ValueError("params is empty: pass the model's parameters")
     return flat
+
+
+def _hint(value: Any) -> str:
+    """What to pass instead of something that is not a parameter tree."""
+    kind = type(value)
+    if kind.__module__.startswith("flax.nnx"):
+        return "; peanut_jax adapts Linen modules: an NNX model's state is not a Linen parameter tree"
+    if isinstance(value, nn.Module):
+        return "; pass the variables that its init returned, not the module"
+    return ""
 
 
 def replace(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:

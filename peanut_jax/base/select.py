@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from peanut_jax.architectures import default_targets, is_output_head
-from peanut_jax.base.kernels import Axes, Kernel, Leaf, find, flatten, module_of
+from peanut_jax.base.kernels import Kernel, Leaf, find, flatten, module_of
 from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, AdapterConfig
 
 _KINDS = {"embedding": "Embed", "scale": "LayerNorm", "kernel": "Conv"}
@@ -33,17 +33,23 @@ class Target:
 
     def matrix(self, stored: Leaf) -> Array:
         """The adapted rows of the stored kernel, as [*stack, d_in, d_out]."""
-        matrix = self.kernel.matrix(stored)
-        return matrix if self.rows is None else matrix[jnp.array(self.rows)]
+        return self._chosen(self.kernel.matrix(stored))
+
+    def bias(self, flat: Mapping[str, Leaf]) -> Array | None:
+        """The adapted rows of the module's bias, as [*stack, d_out]; None where it has none."""
+        stored = flat.get(self.kernel.path.removesuffix("kernel") + "bias")
+        return None if stored is None else self._chosen(stored.reshape(*self.kernel.stack, self.kernel.d_out))
+
+    def _chosen(self, array: Array) -> Array:
+        return array if self.rows is None else array[jnp.array(self.rows)]
 
 
-def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> dict[str, Target]:
+def select(params: PyTree, config: AdapterConfig) -> dict[str, Target]:
     """The kernels that `config` adapts in `params`, by path, in the tree's order.
 
     Args:
         params: Frozen base parameters (arrays or `jax.ShapeDtypeStruct`s).
         config: See `AdapterConfig`.
-        axes: From `kernel_axes`; only DenseGeneral kernels without a bias need it.
 
     Raises:
         ValueError: a target, exclusion, layer or saved module that matches nothing; everything excluded; no default.
@@ -54,7 +60,10 @@ def select(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> d
         an entry without a match is an error, and `layers_to_transform` also applies to regular expressions.
     """
     flat = flatten(params)
-    kernels = {kernel.module: kernel for kernel in find(flat, axes).values()}
+    if not config.ADAPTS_KERNELS:
+        saved_modules(flat, config)
+        return {}
+    kernels = {kernel.module: kernel for kernel in find(flat, dict(config.kernel_axes or ())).values()}
     modules = _modules(flat)
     names = default_targets(kernels) if config.target_modules is None else config.target_modules
     if isinstance(names, str) and names.lower() == ALL_LINEAR:
@@ -114,6 +123,8 @@ def _modules(flat: Mapping[str, Leaf]) -> list[str]:
     modules: dict[str, None] = {}
     for path in flat:
         parts = path.split("/")[:-1]
+        if not parts:
+            modules[""] = None  # a bare module: its leaves stand at the top
         modules.update({".".join(parts[: i + 1]): None for i in range(len(parts))})
     return list(modules)
 

@@ -72,14 +72,15 @@ def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         marker: A file that a folder must hold to be replaced, so that a slip of the hand loses nothing else.
 
     Raises:
-        FileExistsError: the folder exists, and `overwrite` is false or it lacks the marker.
+        FileExistsError: the folder exists and is not empty, and `overwrite` is false or it lacks the marker.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
-    if path.exists() and not overwrite:
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not overwrite:
         raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
-    if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
+    if filled and not (path / marker).is_file():
         raise FileExistsError(
             f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
         )

@@ -1,236 +1,218 @@
-"""The Linen side: dense modules add (x @ left) @ right to what they compute; dW is never formed.
+"""The Linen side: a dense module adds its update to what it computes; dW is never formed.
 
-Each pair is put beside its kernel in the 'params' collection, so that `nn.scan`, `nn.remat` and `nn.vmap` slice and
-save it as they do the kernel, and a dense module finds its own pair whatever called it.
+Each update is bound beside its kernel, as one subtree of the module's own params. `nn.scan`, `nn.remat` and `nn.vmap`
+slice and save it as they do the kernel, and a module is changed if and only if its own params hold an update. Nothing
+is looked up by path, so that another model, or the same one with other params, stays as it is.
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
-from peanut_jax.adapters import Adapters, FactorTree, factors, with_saved
-from peanut_jax.base.kernels import COLLECTION, named_conv1d, replace
-from peanut_jax.methods.base import Config
-
-LEFT, RIGHT = "peanut_left", "peanut_right"
-DROPOUT_RNG = "dropout"
-
-
-def bind(params: PyTree, pairs: FactorTree) -> PyTree:
-    """`params` with every pair beside its kernel, as the leaves `peanut_left` and `peanut_right`."""
-    leaves: dict[str, Array] = {}
-    for path, (left, right) in pairs.items():
-        module = path.removesuffix("kernel")
-        leaves |= {module + LEFT: left, module + RIGHT: right}
-    return replace(params, leaves)
+from peanut_jax.adapters import Adapters, check_adapters, compute_updates, with_saved
+from peanut_jax.base.kernels import BOUND, COLLECTION, replace
+from peanut_jax.frontends.linen_modules import added, dense_class, is_own_call
+from peanut_jax.frontends.used import unused
+from peanut_jax.methods.base import Method, checked
+from peanut_jax.updates import Update, Updates
+from peanut_jax.updates import checked as checked_updates
 
 
-@contextlib.contextmanager
-def intercept(pairs: FactorTree, dropout: float = 0.0) -> Iterator[None]:
-    """Inside this context, Linen modules add their pair's low-rank term to their output.
+@flax.struct.dataclass
+class Bound:
+    """What stands beside a kernel.
 
-    Covers `nn.Dense`, `nn.DenseGeneral` with any axes, and HF's `FlaxConv1D`. A module takes the pair bound beside its
-    kernel (see `bind`), else the one of its path. Inside `nn.scan` or `nn.vmap` only a bound pair is sliced with the
-    kernel: `adapt` binds. Enter the context inside the function given to `jax.jit`: a function that was compiled
-    before runs without it, which leaving the context reports.
-
-    Args:
-        pairs: Kernel path -> (left [*stack, d_in, r], right [*stack, r, d_out]), from `factors`.
-        dropout: Rate for the input of the low-rank term, drawn from the modules' 'dropout' rng. Training only.
-
-    Raises:
-        ValueError: a kernel that was never called, by path; a pair that does not fit the module that runs; dropout
-            without an rng.
-
-    Example:
-        with pj.intercept(pj.factors(adapters, params, config)):
-            logits = model(**batch, params=params).logits
+    Attributes:
+        updates: One, or several where `adapt` is nested; they add up.
+        dropout: Rate for each one's input. Static, so that a function compiled for training is not taken for another.
     """
-    called: set[str] = set()
 
-    def add(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
-            return y
-        path = "/".join((*module.path, "kernel"))
-        if module.has_variable(COLLECTION, LEFT):
-            pair = module.get_variable(COLLECTION, LEFT), module.get_variable(COLLECTION, RIGHT)
-        elif path in pairs and module.has_variable(COLLECTION, "kernel"):
-            pair = pairs[path]
-        else:
-            return y
-        called.add(path)
-        x = args[0] if args else kwargs["inputs"]
-        if dropout:
-            x = _dropout(x, dropout, module, path)
-        return y + low_rank(module, x.astype(y.dtype), pair, path)
-
-    with nn.intercept_methods(add):
-        yield
-    missing = [path for path in pairs if path not in called]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} adapted kernels were never called, so their update is not in the result: "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Leave out modules that this call does not "
-            "reach (exclude_modules), and enter intercept() inside the jitted function, not around it"
-        )
+    updates: tuple[Update, ...]
+    dropout: tuple[float, ...] = flax.struct.field(pytree_node=False)
 
 
-def adapt(fn: Callable, config: Config, *, train: bool = False) -> Callable:
+def adapt(fn: Callable, config: Method, *, train: bool = False) -> Callable:
     """`fn(params, *args, **kwargs)` becomes `forward(adapters, params, *args, **kwargs)` of the adapted model.
 
-    Pure: jit, grad, vmap, pmap and remat compose with it. Differentiate the first argument.
+    Pure: jit, grad, vmap, pmap and remat compose with it, outside and inside `fn`. Differentiate the first argument, in
+    reverse mode (`jax.jvp` and `jax.jacfwd` raise: the products have reverse rules alone).
 
     Args:
         fn: Anything that calls Linen modules with `params`: `model.apply` of a Linen module, or a function around a HF
-            Flax model.
+            Flax model. What it calls with other params is not adapted. It sees the updates as leaves of `params` named
+            "peanut_update"; `unbind` leaves them out, as for a penalty on all parameters.
         config: The adapter's config.
         train: True applies `config.dropout`, for which the model needs its 'dropout' rng. `make_train_step` does.
 
+    Raises:
+        ValueError: when called: adapters that do not fit; a kernel that `fn` never uses, by path.
+        NotImplementedError: a module that runs its kernel in another way than a dense layer's `__call__`.
+
     Example:
-        forward = jax.jit(pj.adapt(lambda params, ids: model(ids, params=params).logits, config))
-        logits = forward(adapters, params, input_ids)
+        >>> model = nn.Dense(3)
+        >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> config = PeanutConfig(r=2, target_modules="all-linear")
+        >>> adapters = init(jax.random.key(1), params, config)
+        >>> adapt(model.apply, config)(adapters, params, jnp.ones((1, 4))).shape
+        (1, 3)
     """
+    checked(config)
 
     def forward(adapters: Adapters, params: PyTree, *args, **kwargs):
-        pairs = factors(adapters, params, config)
-        return with_pairs(fn, pairs, config.dropout if train else 0.0)(with_saved(params, adapters), *args, **kwargs)
+        check_adapters(adapters)
+        bound = bind(fn, compute_updates(adapters, params, config), config.dropout if train else 0.0)
+        return bound(with_saved(params, adapters), *args, **kwargs)
 
     return forward
 
 
-def with_pairs(fn: Callable, pairs: FactorTree, dropout: float = 0.0) -> Callable:
-    """`fn`, called with `pairs` bound into its params and inside `intercept`."""
+def bind(fn: Callable, updates: Mapping[str, Any], dropout: float = 0.0) -> Callable:
+    """`fn(params, *args, **kwargs)` with updates that are known already: what `adapt` calls.
+
+    Args:
+        fn: As for `adapt`.
+        updates: Kernel path -> update, from `peanut_jax.compute_updates`, `factors`, `from_lora` or `combine`.
+        dropout: Rate for the input of the updates, drawn from the modules' 'dropout' rng. Training only.
+
+    Raises:
+        ValueError: `updates` are none; when called, as `adapt`.
+    """
+    known = checked_updates(updates, "bind")
 
     def call(params: PyTree, *args, **kwargs):
-        with intercept(pairs, dropout):
-            return fn(bind(params, pairs), *args, **kwargs)
+        def run(updates: Updates):
+            return fn(_with_bound(params, updates, dropout), *args, **kwargs)
+
+        with _applying(known) as seen:
+            out = run(known)
+            never = [path for path in known if path not in seen]
+            # A function that was traced before does not come by here again: then the program decides.
+            never = unused(run, known, never) if never else []
+        if never:
+            raise ValueError(
+                f"{len(never)} adapted kernels were never called, so their update is not in the result: "
+                f"{', '.join(never[:5])}{' ...' if len(never) > 5 else ''}. Leave out modules that this call does not "
+                "reach (exclude_modules). A parent that reads a child's kernel from its variables passes the update by"
+            )
+        return out
 
     return call
 
 
-def low_rank(module: nn.Module, x: Float[Array, "*x"], pair: tuple[Array, Array], path: str) -> Float[Array, "*y"]:
-    """(x @ left) @ right, contracted over the axes of x that the module contracts, in x's dtype.
+def unbind(params: PyTree) -> PyTree:
+    """`params` without what `adapt` and the train step bind into it, for a loss that sums over all parameters.
 
-    Raises:
-        ValueError: a pair whose shapes are not the module's.
-        NotImplementedError: a module that is no dense layer.
+    Args:
+        params: As a loss function is given them.
     """
-    axis, batch_dims, features = _dense_axes(module, x, path)
-    ins = tuple(x.shape[i] for i in axis)
-    stack = tuple(x.shape[i] for i in batch_dims)
-    left, right = pair
-    r = left.shape[-1]
-    expected = (*stack, math.prod(ins), r), (*stack, r, math.prod(features))
-    if (left.shape, right.shape) != expected:
-        raise ValueError(
-            f"kernel {path!r}: the factors are {left.shape} and {right.shape}, but the module contracts {ins} into "
-            f"{features}, so {expected[0]} and {expected[1]} were expected. Inside nn.scan use adapt(), which binds "
-            "the factors; for DenseGeneral without a bias pass axes=kernel_axes(...) to init"
+
+    def without(tree: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in tree.items() if name != BOUND}
+        return {name: without(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+    stripped = without(params)
+    return flax.core.freeze(stripped) if isinstance(params, flax.core.FrozenDict) else stripped
+
+
+def bound_in(params: PyTree) -> dict[str, Bound]:
+    """Path of the bound leaf -> what is bound there, in a tree that an adapted function was given."""
+    tree = flax.core.unfreeze(params.get(COLLECTION, params))
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {path: leaf for path, leaf in flat.items() if path.rpartition("/")[2] == BOUND}
+
+
+def _with_bound(params: PyTree, updates: Updates, dropout: float) -> PyTree:
+    there = bound_in(params)
+    leaves: dict[str, Any] = {}
+    for path, update in updates.items():
+        beside = path.removesuffix("kernel") + BOUND
+        old = there.get(beside, Bound((), ()))
+        leaves[beside] = Bound((*old.updates, update), (*old.dropout, dropout))
+    return replace(params, leaves)
+
+
+class _Run(threading.local):
+    """What this thread is in the middle of: one interceptor serves all adapted functions that it is within."""
+
+    def __init__(self) -> None:
+        self.watches: list[_Watch] = []
+        self.calls: list[tuple[str, ...]] = []  # paths of modules whose __call__ is open
+        self.methods: list[list[Any]] = []  # [path, whether its __call__ ran] of those whose other method is
+
+
+class _Watch:
+    """Which of one call's updates were applied: by their arrays, else by the module's path."""
+
+    def __init__(self, updates: Updates) -> None:
+        self.paths = set(updates)
+        self.owners = {id(leaf): path for path, update in updates.items() for leaf in jax.tree.leaves(update)}
+        self.seen: set[str] = set()
+
+    def note(self, path: str, bound: Bound) -> None:
+        owners = {self.owners[id(leaf)] for leaf in jax.tree.leaves(bound) if id(leaf) in self.owners}
+        self.seen |= owners or ({path} & self.paths)
+
+
+_run = _Run()
+
+
+@contextlib.contextmanager
+def _applying(updates: Updates) -> Iterator[set[str]]:
+    """Inside, modules whose params hold an update apply it. Yields the paths of `updates` that were, so far."""
+    watch = _Watch(updates)
+    first = not _run.watches
+    _run.watches.append(watch)
+    try:
+        with nn.intercept_methods(_apply) if first else contextlib.nullcontext():
+            yield watch.seen
+    finally:
+        _run.watches.remove(watch)
+
+
+def _apply(next_fun: Callable, args: tuple, kwargs: Mapping[str, Any], context: nn.module.InterceptorContext) -> Any:
+    """Runs a method of a module, and adds to a dense layer's own `__call__` what is bound beside its kernel."""
+    module = context.module
+    if module.scope is None or context.method_name == "setup" or not module.has_variable(COLLECTION, BOUND):
+        return next_fun(*args, **kwargs)
+    if context.method_name != "__call__":
+        return _other_method(next_fun, args, kwargs, context)
+    path = tuple(module.path)
+    for method in _run.methods:
+        method[1] |= method[0] == path
+    _run.calls.append(path)
+    try:
+        y = next_fun(*args, **kwargs)
+    finally:
+        _run.calls.pop()
+    kernel = "/".join((*path, "kernel"))
+    if dense_class(module, kernel) is None or not is_own_call(context):
+        return y  # a subclass: its base class's own call comes by here too
+    bound: Any = module.get_variable(COLLECTION, BOUND)
+    for watch in _run.watches:
+        watch.note(kernel, bound)
+    x = args[0] if args else kwargs["inputs"]
+    return y + added(module, x, y, bound.updates, bound.dropout, kernel)
+
+
+def _other_method(next_fun: Callable, args: tuple, kwargs: Mapping[str, Any], context: Any) -> Any:
+    """A method other than `__call__`: right within `__call__` or around it, and otherwise past the update."""
+    path = tuple(context.module.path)
+    frame = [path, path in _run.calls]
+    _run.methods.append(frame)
+    try:
+        out = next_fun(*args, **kwargs)
+    finally:
+        _run.methods.pop()
+    if not frame[1]:
+        raise NotImplementedError(
+            f"the method {context.method_name!r} of the adapted module {'/'.join(path)!r} ran: only its __call__ is "
+            "adapted, and a method that reads the kernel by itself would miss the update. Leave the module out "
+            "(exclude_modules), or merge"
         )
-    rest = tuple(i for i in range(x.ndim) if i not in axis and i not in batch_dims)
-    x = x.transpose(*batch_dims, *rest, *axis)
-    x = x.reshape(*x.shape[: len(stack) + len(rest)], left.shape[-2])
-    y = _product(x, left.astype(x.dtype), right.astype(x.dtype), len(stack), module.precision)
-    return y.reshape(*y.shape[:-1], *features)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, left: Array, right: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
-    """(x @ left) @ right for x [*stack, *rest, d_in], left [*stack, d_in, r] and right [*stack, r, d_out].
-
-    Its own backward pass, because in the derived one XLA on CPU transposes x and the cotangent of y, the two large
-    arrays, to contract their tokens. Here only arrays with r columns are transposed; the barrier keeps XLA from
-    simplifying that away.
-    """
-    return _times(_times(x, left, n_stack, precision), right, n_stack, precision)
-
-
-def _product_forward(x: Array, left: Array, right: Array, n_stack: int, precision: lax.PrecisionLike):
-    h = _times(x, left, n_stack, precision)
-    return _times(h, right, n_stack, precision), (x, h, left, right)
-
-
-def _product_backward(n_stack: int, precision: lax.PrecisionLike, saved: tuple[Array, ...], g: Array):
-    x, h, left, right = saved
-    d_h = _times(g, jnp.swapaxes(right, -1, -2), n_stack, precision)
-    d_x = _times(d_h, jnp.swapaxes(left, -1, -2), n_stack, precision)
-    d_left = lax.optimization_barrier(_over_tokens(d_h, x, n_stack, precision))
-    return d_x, jnp.swapaxes(d_left, -1, -2), _over_tokens(h, g, n_stack, precision)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def _times(x: Array, m: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
-    """[*stack, *rest, i] by [*stack, i, j] -> [*stack, *rest, j]."""
-    stack = tuple(range(n_stack))
-    return lax.dot_general(x, m, (((x.ndim - 1,), (n_stack,)), (stack, stack)), precision=precision)
-
-
-def _over_tokens(a: Array, b: Array, n_stack: int, precision: lax.PrecisionLike) -> Array:
-    """[*stack, *rest, i] and [*stack, *rest, j] -> [*stack, i, j], summed over rest."""
-    stack, rest = tuple(range(n_stack)), tuple(range(n_stack, a.ndim - 1))
-    return lax.dot_general(a, b, ((rest, rest), (stack, stack)), precision=precision)
-
-
-def _dense_axes(module: nn.Module, x: Array, path: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(contracted axes of x, batch axes of x, output features) of a dense module, all non-negative."""
-    if isinstance(module, nn.DenseGeneral):
-        axis, batch_dims, features = (
-            tuple(v) if isinstance(v, (tuple, list)) else (v,)
-            for v in (module.axis, module.batch_dims, module.features)
-        )
-        return tuple(i % x.ndim for i in axis), tuple(i % x.ndim for i in batch_dims), features
-    if isinstance(module, nn.Dense) or (type(module).__name__ == "FlaxConv1D" and named_conv1d(path)):
-        return (x.ndim - 1,), (), (module.features,)
-    raise NotImplementedError(
-        f"kernel {path!r} belongs to a {type(module).__name__}; PEANuT adapts nn.Dense, nn.DenseGeneral and "
-        "GPT-2's FlaxConv1D (named c_attn, q_attn, c_proj, c_fc)"
-    )
-
-
-def _dropout(x: Array, rate: float, module: nn.Module, path: str) -> Array:
-    if not module.has_rng(DROPOUT_RNG):
-        raise ValueError(
-            f"config.dropout={rate} needs a 'dropout' rng in training, and kernel {path!r} was called without one: "
-            "pass rngs={'dropout': key} to apply, or dropout_rng=key, train=True to a HF Flax model"
-        )
-    keep = jax.random.bernoulli(module.make_rng(DROPOUT_RNG), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
-def kernel_axes(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, tuple[int, int]]:
-    """(Input axes, output axes) of every dense kernel that `fn(params, *args, **kwargs)` calls, traced without running.
-
-    Needed only for a model with `nn.DenseGeneral` kernels that have no bias: pass the result to `init`.
-
-    Example:
-        axes = pj.kernel_axes(model.apply, variables, tokens)
-        adapters = pj.init(key, variables, config, axes=axes)
-    """
-    seen: dict[str, tuple[int, int]] = {}
-
-    def record(next_fun, call_args, call_kwargs, context):
-        module = context.module
-        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.DenseGeneral)):
-            general = isinstance(module, nn.DenseGeneral)
-            counts = (_length(module.axis), _length(module.features)) if general else (1, 1)
-            seen["/".join((*module.path, "kernel"))] = counts
-        return next_fun(*call_args, **call_kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda p: fn(p, *args, **kwargs), params)
-    return seen
-
-
-def _length(value: int | Sequence[int]) -> int:
-    return len(value) if isinstance(value, Sequence) else 1
+    return out

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from peanut_jax.base.digest import digest, hexadecimal
-from peanut_jax.base.kernels import Axes, flatten
+from peanut_jax.base.kernels import flatten
 from peanut_jax.base.select import Target, select
 from peanut_jax.base.torch_names import modules, rows_of
 from peanut_jax.methods.base import AdapterConfig
@@ -22,18 +22,17 @@ logger = logging.getLogger(__name__)
 Fingerprint = dict[str, str]
 
 
-def fingerprint(params: PyTree, config: AdapterConfig, axes: Axes | None = None) -> Fingerprint:
+def fingerprint(params: PyTree, config: AdapterConfig) -> Fingerprint:
     """Torch module name -> 16 hexadecimal digits, for every kernel that `config` adapts.
 
     Args:
         params: The frozen base, of any sharding, float dtype and layout.
         config: What is adapted.
-        axes: As for `init`.
 
     Raises:
         ValueError: as `select`.
     """
-    return of_targets(params, select(params, config, axes))
+    return of_targets(params, select(params, config))
 
 
 def of_targets(params: PyTree, targets: Mapping[str, Target]) -> Fingerprint:

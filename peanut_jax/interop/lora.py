@@ -8,32 +8,39 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from peanut_jax.adapters import Adapters, FactorTree, check, factors, pair, saved
-from peanut_jax.base.kernels import Axes, find, flatten
+from peanut_jax.adapters import Adapters, check
+from peanut_jax.adapters import factors as factors_of
+from peanut_jax.base.digest import digest, hexadecimal
+from peanut_jax.base.kernels import find, flatten
 from peanut_jax.base.select import saved_paths, select
 from peanut_jax.files.atomic import check_apart
 from peanut_jax.files.hub import local_folder
 from peanut_jax.files.torch_checkpoint import open_base
 from peanut_jax.interop import fingerprint
-from peanut_jax.interop.peft import from_tree, module_slots
-from peanut_jax.interop.peft_folder import CONFIG_FILE, ModuleAdapters, read, type_of, write
+from peanut_jax.interop.peft import axes_of, from_tree, module_slots
+from peanut_jax.interop.peft_folder import CONFIG_FILE, ModuleAdapters, read, write
 from peanut_jax.interop.peft_selection import check_modules
+from peanut_jax.interop.peft_types import type_of
 from peanut_jax.interop.places import locate
-from peanut_jax.methods.activations import ACTIVATIONS
-from peanut_jax.methods.base import AdapterConfig, Config, LoraConfig, PeanutConfig
-from peanut_jax.methods.tweaker import Theta, delta
+from peanut_jax.matrices import Plain
+from peanut_jax.methods.base import AdapterConfig, Method, Theta
+from peanut_jax.methods.lora import LoraConfig
+from peanut_jax.methods.peanut import PeanutConfig
+from peanut_jax.methods.peanut_start import odd_slope, start_from
+from peanut_jax.updates import KernelUpdate, LowRank, checked
 
 Track = Callable[[list[str]], Iterable[str]]
 
 
 def to_lora(
-    adapters: Adapters, params: PyTree, config: Config, folder: str | Path | None = None
+    adapters: Adapters, params: PyTree, config: Method, folder: str | Path | None = None, *, overwrite: bool = False
 ) -> tuple[Adapters, LoraConfig]:
     """The LoRA that an adapter is on its base: both orientations, any depth and activation, scanned or not.
 
@@ -45,24 +52,27 @@ def to_lora(
         params: The frozen base that it was trained on.
         config: The adapter's.
         folder: Where to write it, as HF PEFT's LoRA directory (r, lora_alpha = r * scaling).
+        overwrite: Replace a folder that holds an adapter.
 
     Returns:
         The LoRA as adapters of the same params (saved modules included), and its config.
 
     Raises:
-        ValueError: an adapter that does not belong to config and params; a NaN in the result, by kernel.
+        FileExistsError: as `save_adapter`.
+        ValueError: an adapter that does not belong to config and params; an update that is not low-rank; a NaN in the
+            result, by kernel.
         NotImplementedError: `folder` is given, and a stack of layers has no name in torch.
     """
     targets, flat = check(adapters, params, config), flatten(params)
-    lora: Adapters = {}
+    lora_config, unscaled = _lora_config(config), _unscaled(config)
+    thetas = {}
     for path, target in targets.items():
-        theta = adapters[path]
-        assert isinstance(theta, dict)
-        lora[path] = _lora(theta, target.matrix(flat[path]), config, path)
-    lora |= saved(adapters)
-    lora_config = _lora_config(config)
+        with jax.default_matmul_precision("highest"):
+            update = _update(adapters.theta[path], Plain(target.matrix(flat[path])), unscaled)
+        thetas[path] = _as_lora(update, path)
+    lora = Adapters(thetas, adapters.saved)
     if folder is not None:
-        write(folder, from_tree(lora, lora_config, params, targets))
+        write(folder, from_tree(lora, lora_config, params, targets), overwrite=overwrite)
     return lora, lora_config
 
 
@@ -92,31 +102,31 @@ def to_lora_folder(
             adapter that is a LoRA already.
     """
     loaded = read(adapter)
-    if type_of(loaded.config) == "LORA":
+    lora_config = _lora_config(loaded.config)
+    if type_of(loaded.config) is type_of(lora_config):
         raise ValueError(f"{adapter} is a LoRA already")
     checkpoint = open_base(source, fingerprinted=bool(loaded.fingerprint) or not check_base)
     check_apart(Path(folder), checkpoint.folder, local_folder(str(adapter)))
     if (Path(folder) / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} holds an adapter; give another folder, or overwrite=True (--overwrite)")
     places = locate(checkpoint, loaded)
-    checked = check_base and isinstance(loaded.config, PeanutConfig)
-    if checked:
+    base_checked = check_base and loaded.config.READS_BASE
+    if base_checked:
         fingerprint.note_absence(loaded.fingerprint, str(adapter))
+    unscaled = _unscaled(loaded.config)
     thetas = {}
     for module in track(list(loaded.thetas)):
-        kernel, config = places.kernels[module], dataclasses.replace(loaded.config, scaling=1.0)
-        tensor, theta = checkpoint.read(places.tensors[module]), loaded.thetas[module]
-        left, right, found = tensor_factors(tensor, theta, config, loaded.factor_dtype, kernel.transposed)
-        if checked and loaded.fingerprint:
+        tensor, transposed = checkpoint.read(places.tensors[module]), places.kernels[module].transposed
+        update, found = tensor_update(tensor, loaded.thetas[module], unscaled, loaded.update_dtype, transposed)
+        if base_checked and loaded.fingerprint:
             fingerprint.check({module: found}, loaded.fingerprint, str(adapter), str(source))
-        thetas[module] = {"a": np.asarray(left), "b": np.asarray(right)}
-        _check_finite(thetas[module], module)
-    lora_config = _lora_config(loaded.config)
-    write(folder, ModuleAdapters(lora_config, thetas, loaded.saved, base_dtype=loaded.base_dtype))
+        thetas[module] = {name: np.asarray(side) for name, side in _as_lora(update, module).items()}
+    named = dataclasses.replace(lora_config, base_model_name_or_path=lora_config.base_model_name_or_path or str(source))
+    write(folder, ModuleAdapters(named, thetas, loaded.saved, base_dtype=loaded.base_dtype), overwrite=overwrite)
 
 
-def from_lora(folder: str | Path, params: PyTree, *, axes: Axes | None = None) -> FactorTree:
-    """A LoRA directory of HF PEFT as factors, for `intercept`, `combine` and `init_from_factors`.
+def from_lora(folder: str | Path, params: PyTree) -> dict[str, LowRank]:
+    """A LoRA directory of HF PEFT as factors, for `bind`, `combine` and `init_from_factors`.
 
     Ranks and alphas of single modules (`rank_pattern`, `alpha_pattern`) and `use_rslora` are read; smaller ranks are
     filled up with zeros within a scanned stack. `load_adapter` reads a LoRA too, to go on training it.
@@ -124,7 +134,6 @@ def from_lora(folder: str | Path, params: PyTree, *, axes: Axes | None = None) -
     Args:
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`; or a hub name.
         params: The base, in any layout.
-        axes: As for `init`.
 
     Returns:
         Kernel path -> (left [*stack, d_in, r], right [*stack, r, d_out]), scaling folded in.
@@ -135,32 +144,37 @@ def from_lora(folder: str | Path, params: PyTree, *, axes: Axes | None = None) -
             modules, which factors have no place for.
     """
     loaded = read(folder)
-    if not isinstance(loaded.config, LoraConfig):
-        raise ValueError(f"{folder} holds a PEANuT, not a LoRA; load_adapter reads it")
+    if loaded.config.READS_BASE or not loaded.config.ADAPTS_KERNELS:
+        kind = type(loaded.config).__name__.removesuffix("Config")
+        raise ValueError(f"{folder} holds a {kind}, not a LoRA; load_adapter reads it")
     if loaded.saved:
         raise ValueError(
             f"{folder} holds saved modules ({next(iter(loaded.saved))!r}), which factors have no place for; "
             "load_adapter keeps them"
         )
-    kernels = find(flatten(params), axes)
+    flat = flatten(params)
+    kernels = find(flat, axes_of(loaded, flat))
     slots = module_slots(kernels)
     check_modules(loaded, slots)
-    found: dict[str, dict[int, tuple[Array, Array]]] = {}
+    found: dict[str, dict[int, LowRank]] = {}
     for module, theta in loaded.thetas.items():
         path, row = slots[module]
-        kernel = kernels[path]
-        if (theta["a"].shape[0], theta["b"].shape[1]) != (kernel.d_in, kernel.d_out):
+        update = loaded.module_config(module).update(
+            {name: jnp.asarray(leaf) for name, leaf in theta.items()}, Plain(jnp.zeros((0, 0)))
+        )
+        assert isinstance(update, LowRank)  # a LoRA, as read above
+        own, kernel = (update.left.shape[0], update.right.shape[1]), kernels[path]
+        if own != (kernel.d_in, kernel.d_out):
             raise ValueError(
-                f"module {module!r}: the LoRA is [{theta['a'].shape[0]}, {theta['b'].shape[1]}] and the kernel "
-                f"[{kernel.d_in}, {kernel.d_out}]; it was trained on another base"
+                f"module {module!r}: the LoRA is {list(own)} and the kernel [{kernel.d_in}, {kernel.d_out}]; it was "
+                "trained on another base"
             )
-        device = {name: jnp.asarray(leaf) for name, leaf in theta.items()}
-        found.setdefault(path, {})[row or 0] = pair(device, jnp.zeros((0, 0)), loaded.module_config(module))
+        found.setdefault(path, {})[row or 0] = update
     return {path: _stacked(rows, kernels[path].stack) for path, rows in found.items()}
 
 
 def init_from_factors(
-    pairs: FactorTree, params: PyTree, config: PeanutConfig, axes: Axes | None = None
+    factors: Mapping[str, LowRank], params: PyTree, config: PeanutConfig
 ) -> tuple[Adapters, dict[str, np.ndarray]]:
     """A PEANuT that begins as a given low-rank update (paper, Prop. 3.2): 2r hidden units for a rank of r.
 
@@ -169,11 +183,10 @@ def init_from_factors(
     full row rank (d_in <= d_out). The input orientation does the same on W0^T, and is exact where d_out <= d_in.
 
     Args:
-        pairs: From `from_lora`, or from `factors` of another adapter.
+        factors: From `from_lora`, or from `peanut_jax.factors` of another adapter.
         params: The frozen base.
-        config: Of depth 0, with r twice the rank of `pairs`, selecting their kernels; act_fn relu, leaky_relu, gelu,
+        config: Of depth 0, with r twice the rank of `factors`, selecting their kernels; act_fn relu, leaky_relu, gelu,
             gelu_new, silu, softplus or linear, which have such a c.
-        axes: As for `init`.
 
     Returns:
         The adapters; and kernel path -> ||dW - left @ right|| / ||left @ right||, one number for each row of the stack,
@@ -185,81 +198,89 @@ def init_from_factors(
     References:
         arXiv:2410.01870v3, Proposition 3.2 and its proof.
     """
-    slope = _odd_slope(config)
-    targets, flat = select(params, config, axes), flatten(params)
-    if odd := sorted(targets.keys() ^ pairs.keys()):
+    odd_slope(config)  # refuses a config that cannot hold an update, before anything is read
+    given = checked(factors, "init_from_factors")
+    targets, flat = select(params, config), flatten(params)
+    if odd := sorted(targets.keys() ^ given.keys()):
         raise ValueError(
-            f"the config adapts {len(targets)} kernels and the update has {len(pairs)}; {odd[0]!r} differs"
+            f"the config adapts {len(targets)} kernels and the update has {len(given)}; {odd[0]!r} differs"
         )
-    adapters: Adapters = {}
-    for path, (left, right) in pairs.items():
-        rank = left.shape[-1]
-        if config.r != 2 * rank:
-            raise ValueError(f"config.r must be {2 * rank}, twice the rank of the update of {path!r}, got {config.r}")
-        rows = targets[path].rows
-        if rows is not None:
-            left, right = left[jnp.array(rows)], right[jnp.array(rows)]
-        kernel = np.asarray(targets[path].matrix(flat[path]), np.float64)
-        outer, inner = np.asarray(left, np.float64), np.asarray(right, np.float64)
-        if config.orientation == "input":
-            kernel, outer, inner = _t(kernel), _t(inner), _t(outer)
-        cutoff = max(kernel.shape[-2:]) * float(jnp.finfo(jnp.float32).eps)
-        a, b = np.linalg.pinv(kernel, rcond=cutoff) @ outer, inner / (slope * config.scaling)
-        adapters[path] = {
-            "a": jnp.asarray(np.concatenate([a, -a], -1), jnp.float32),
-            "b": jnp.asarray(np.concatenate([b, -b], -2), jnp.float32),
-        }
-    adapters |= {path: jnp.array(flat[path]) for path in saved_paths(flat, config)}
+    theta: dict[str, Theta] = {}
+    for path, update in given.items():
+        if not isinstance(update, LowRank):
+            raise ValueError(f"the update of {path!r} is a {type(update).__name__}, which has no factors")
+        if (rows := targets[path].rows) is not None:
+            update = jax.tree.map(lambda side, rows=rows: side[jnp.array(rows)], update)
+        theta[path] = start_from(update, np.asarray(targets[path].matrix(flat[path])), config, path)
+    adapters = Adapters(theta, {path: jnp.array(flat[path]) for path in saved_paths(flat, config)})
     with jax.default_matmul_precision("highest"):
-        got = factors(adapters, params, config)
-    return adapters, {path: _relative_error(got[path], pairs[path]) for path in pairs}
+        got = factors_of(adapters, params, config)
+    return adapters, {path: _relative_error(got[path], LowRank(*factors[path])) for path in given}
 
 
-def tensor_factors(
+def tensor_update(
     tensor: Float[np.ndarray, "rows columns"],
     theta: Mapping[str, np.ndarray],
-    config: Config,
+    config: Method,
     dtype: str,
     conv1d: bool,
-) -> tuple[Float[Array, "d_in r"], Float[Array, "r d_out"], str]:
-    """left, right and the fingerprint of a kernel that torch keeps as `tensor`, read in `dtype`.
+) -> tuple[KernelUpdate, str]:
+    """The update, and the fingerprint, of a kernel that torch keeps as `tensor`, read in `dtype`.
 
     Args:
         conv1d: The tensor is [d_in, d_out], as GPT-2's; a Linear's is [d_out, d_in].
     """
     with jax.default_matmul_precision("highest"):
-        left, right, digest = _tensor_factors(tensor, theta, config, dtype, conv1d)
-    return left, right, fingerprint.hexadecimal(jax.device_get(digest))
+        update, found = _tensor_update(tensor, theta, config, dtype, conv1d)
+    return update, hexadecimal(jax.device_get(found))
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def _tensor_factors(tensor: Array, theta: Theta, config: Config, dtype: str, conv1d: bool) -> tuple[Array, ...]:
+def _tensor_update(tensor: Array, theta: Theta, config: Method, dtype: str, conv1d: bool) -> tuple[KernelUpdate, Array]:
     kernel = (tensor if conv1d else tensor.T).astype(dtype)
-    return *pair(theta, kernel, config), fingerprint.digest(kernel)
+    return config.update(theta, Plain(kernel)), digest(kernel)
 
 
-def _lora(theta: Theta, kernel: Float[Array, "*layers d_in d_out"], config: Config, name: str) -> Theta:
-    """left and right as LoRA's A [d_in, r] and B [r, d_out], without the scaling."""
-    with jax.default_matmul_precision("highest"):
-        left, right = _pair(theta, kernel, dataclasses.replace(config, scaling=1.0))
-    _check_finite({"a": left, "b": right}, name)
-    return {"a": left, "b": right}
+@partial(jax.jit, static_argnums=2)
+def _update(theta: Theta, kernel: Plain, config: Method) -> KernelUpdate:
+    return config.update(theta, kernel)
 
 
-_pair = jax.jit(pair, static_argnums=2)
+def _as_lora(update: KernelUpdate, name: str) -> Theta:
+    """left and right as LoRA's A [d_in, r] and B [r, d_out].
 
-
-def _check_finite(theta: Mapping[str, Array | np.ndarray], name: str) -> None:
-    if not all(bool(jnp.isfinite(side).all()) for side in theta.values()):
+    Raises:
+        ValueError: an update that is not low-rank; one that is not finite.
+    """
+    if not isinstance(update, LowRank):
+        raise ValueError(
+            f"the update of {name!r} is a {type(update).__name__}, not low-rank: it is not a LoRA; merge it"
+        )
+    if not all(bool(jnp.isfinite(side).all()) for side in update):
         raise ValueError(f"NaNs detected in the factors of {name!r}: the adapter or the base is broken there")
+    return {"a": update.left, "b": update.right}
 
 
-def _lora_config(config: Config) -> LoraConfig:
-    return LoraConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(AdapterConfig)})
+def _unscaled(config: Method) -> Method:
+    """The method with its scaling left for lora_alpha to say."""
+    fields: dict[str, Any] = {"scaling": 1.0}
+    return dataclasses.replace(config, **fields)
 
 
-def _stacked(rows: Mapping[int, tuple[Array, Array]], stack: tuple[int, ...]) -> tuple[Array, Array]:
-    """One kernel's pairs as its stack has them, zeros where a layer has none."""
+def _lora_config(config: Method) -> LoraConfig:
+    """The LoRA of the same modules, rank and scaling.
+
+    Raises:
+        ValueError: a method without a rank.
+    """
+    if not {"r", "scaling"} <= vars(config).keys():
+        raise ValueError(f"{type(config).__name__} has no rank, so it is not a LoRA; merge it, or keep it as it is")
+    shared = [field.name for field in dataclasses.fields(AdapterConfig)]
+    return LoraConfig(**{name: getattr(config, name) for name in (*shared, "r", "scaling")})
+
+
+def _stacked(rows: Mapping[int, LowRank], stack: tuple[int, ...]) -> LowRank:
+    """One kernel's factors as its stack has them, zeros where a layer has none."""
     if not stack:
         return rows[0]
     rank = max(left.shape[-1] for left, _ in rows.values())
@@ -269,28 +290,11 @@ def _stacked(rows: Mapping[int, tuple[Array, Array]], stack: tuple[int, ...]) ->
     for row, (one_left, one_right) in rows.items():
         left = left.at[row, :, : one_left.shape[-1]].set(one_left)
         right = right.at[row, : one_right.shape[0]].set(one_right)
-    return left, right
+    return LowRank(left, right)
 
 
-def _odd_slope(config: PeanutConfig) -> float:
-    """c in act(x) - act(-x) = c x."""
-    x = np.array([0.1, 0.7, 1.0, 3.0, 20.0], np.float32)
-    act = ACTIVATIONS[config.act_fn]
-    slopes = np.asarray((act(jnp.asarray(x)) - act(jnp.asarray(-x))) / x)
-    if config.depth or not np.allclose(slopes, slopes[0], rtol=1e-5):
-        raise ValueError(
-            "a LoRA becomes a PEANuT of depth 0 with an activation for which act(x) - act(-x) is c x (relu, "
-            f"leaky_relu, gelu, gelu_new, silu, softplus, linear); got depth={config.depth}, act_fn={config.act_fn!r}"
-        )
-    return float(slopes[0])
-
-
-def _relative_error(got: tuple[Array, Array], want: tuple[Array, Array]) -> np.ndarray:
-    update = np.asarray(delta(*want), np.float64)
+def _relative_error(got: LowRank, want: LowRank) -> np.ndarray:
+    update = np.asarray(want.delta(), np.float64)
     size = np.linalg.norm(update, axis=(-2, -1))
-    error = np.linalg.norm(np.asarray(delta(*got), np.float64) - update, axis=(-2, -1))
+    error = np.linalg.norm(np.asarray(got.delta(), np.float64) - update, axis=(-2, -1))
     return np.divide(error, size, out=np.zeros_like(error), where=size > 0)
-
-
-def _t(m: np.ndarray) -> np.ndarray:
-    return np.swapaxes(m, -1, -2)

@@ -6,13 +6,14 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from peanut_jax.adapters import Adapters, check
 from peanut_jax.base import torch_names as names
@@ -21,12 +22,12 @@ from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, local_folder, read_ind
 from peanut_jax.files.safetensors import copy_file, dtype_of, finite, write_entry
 from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, open_base
 from peanut_jax.interop import fingerprint
-from peanut_jax.interop.lora import Track, tensor_factors
+from peanut_jax.interop.lora import Track, tensor_update
 from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_folder import ModuleAdapters, label_count, read
 from peanut_jax.interop.places import Places, locate
-from peanut_jax.methods.base import Config, PeanutConfig
-from peanut_jax.methods.tweaker import delta
+from peanut_jax.methods.base import Method
+from peanut_jax.updates import KernelUpdate, combine, outputs
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def export_merged(
     source: str | Path,
     folder: str | Path,
     adapters: Adapters | Sequence[Adapters],
-    config: Config | Sequence[Config],
+    config: Method | Sequence[Method],
     params: PyTree | None = None,
     *,
     overwrite: bool = False,
@@ -77,8 +78,8 @@ def export_merged(
             modules that have no place in it.
         NotImplementedError: adapters with a stack of layers that has no name in torch.
     """
-    trees = [adapters] if isinstance(adapters, Mapping) else list(adapters)
-    configs = [config] if isinstance(config, Config) else list(config)
+    trees = [adapters] if isinstance(adapters, Adapters) else list(adapters)
+    configs = list(config) if isinstance(config, Sequence) else [config]
     if len(trees) != len(configs) or not trees:
         raise ValueError(f"adapters and config must be as many: got {len(trees)} and {len(configs)}")
     loaded = {}
@@ -114,7 +115,7 @@ def merge_folders(
     check_apart(Path(folder), *folders)
     loaded = {str(one): read(one) for one in adapters}
     for name, adapter in loaded.items():
-        if check_base and isinstance(adapter.config, PeanutConfig):
+        if check_base and adapter.config.READS_BASE:
             fingerprint.note_absence(adapter.fingerprint, name)
     if not check_base:
         loaded = {name: dataclasses.replace(adapter, fingerprint={}) for name, adapter in loaded.items()}
@@ -174,42 +175,43 @@ def _merged(
     places: Mapping[str, Places],
 ) -> np.ndarray:
     """The tensor with every adapter's update, each of the original kernel."""
-    kernel = places[uses[0][0]].kernels[uses[0][1]]
-    tensor, pairs = checkpoint.read(name), []
+    conv1d = places[uses[0][0]].kernels[uses[0][1]].transposed
+    tensor, updates = checkpoint.read(name), []
     for adapter, module in uses:
         one = adapters[adapter]
-        left, right, found = tensor_factors(
-            tensor, one.thetas[module], one.module_config(module), one.factor_dtype, kernel.transposed
-        )
+        update, found = tensor_update(tensor, one.thetas[module], one.module_config(module), one.update_dtype, conv1d)
         if one.fingerprint:
             fingerprint.check({module: found}, one.fingerprint, adapter, str(checkpoint.folder))
-        pairs.append((left, right) if kernel.transposed else (right.T, left.T))  # torch's Linear is [d_out, d_in]
-    left = jnp.concatenate([left for left, _ in pairs], axis=1)
-    right = jnp.concatenate([right for _, right in pairs], axis=0)
-    for start in range(0, len(tensor), BLOCK):  # so that no float32 array of the kernel's size is made
-        block = slice(start, start + BLOCK)
-        tensor[block], whole = _add(tensor[block], left[block], right)
+        updates.append({name: update})
+    update = combine(*updates)[name]
+    for start in range(0, tensor.shape[1 if conv1d else 0], BLOCK):  # no float32 array of the kernel's size is made
+        part = slice(start, start + BLOCK)
+        place = (slice(None), part) if conv1d else (part,)
+        tensor[place], whole = _add(tensor[place], outputs(update, part), conv1d)
         if not whole:
             raise ValueError(f"NaNs detected in the merged weights; the adapter or the base is broken at {name!r}")
     return tensor
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=2)
 def _add(
-    tensor: Float[Array, "rows columns"], left: Float[Array, "rows r"], right: Float[Array, "r columns"]
-) -> tuple[Array, Array]:
-    """tensor + left @ right, summed in float32 and rounded once; and whether all of it is finite."""
-    total = (tensor.astype(jnp.float32) + delta(left, right)).astype(tensor.dtype)
+    tensor: Float[Array, "rows columns"], update: KernelUpdate, conv1d: bool
+) -> tuple[Float[Array, "rows columns"], Bool[Array, ""]]:
+    """W0 + dW in torch's layout, summed in float32 and rounded once; and whether all of it is finite."""
+    kernel = (tensor if conv1d else tensor.T).astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        total = kernel + update.delta(kernel)
+    total = (total if conv1d else total.T).astype(tensor.dtype)
     return total, jnp.isfinite(total).all()
 
 
-def _rows(adapters: Adapters, config: Config) -> dict[str, list[int] | None]:
+def _rows(adapters: Adapters, config: Method) -> dict[str, list[int] | None]:
     """The rows of each stack, by what theta's axes and the config say."""
     found: dict[str, list[int] | None] = {}
-    for path, theta in adapters.items():
-        if not isinstance(theta, Mapping):
-            continue
-        stack = theta["a"].shape[:-2]
+    axes = {name: len(leaf.axes) for name, leaf in config.leaves().items()}
+    for path, theta in adapters.theta.items():
+        name, leaf = next(iter(theta.items()))
+        stack = leaf.shape[: leaf.ndim - axes[name]]
         if len(stack) > 1:
             raise NotImplementedError(
                 f"kernel {path!r} is a stack of {stack}; PyTorch's names reach one axis of layers"

@@ -9,34 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from peanut_jax.files.atomic import write_text
+from peanut_jax.files.atomic import new_folder
 from peanut_jax.files.hub import local_folder, read_json
 from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
-from peanut_jax.methods import tweaker
-from peanut_jax.methods.base import TASK_HEADS, Config, LoraConfig, PeanutConfig
+from peanut_jax.interop.peft_types import PeftType, type_named, type_of
+from peanut_jax.methods.base import TASK_HEADS, Method
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT_KEY = "peanut_jax.base_fingerprint"
 DTYPE_KEY = "peanut_jax.base_dtype"
-
-# peft_type -> the config class and the fields that the type itself fixes. HF PEFT knows the first two and refuses the
-# others, which it would compute as another function.
-TYPES: dict[str, tuple[type[Config], dict[str, str]]] = {
-    "PEANUT": (PeanutConfig, {"orientation": "output"}),
-    "LORA": (LoraConfig, {"act_fn": "linear"}),
-    "PEANUT_INPUT": (PeanutConfig, {"orientation": "input"}),
-    "NONLINEAR_LORA": (LoraConfig, {}),
-}
-# Leaf of theta -> the parameter's name; those of a list carry the index of their first axis.
-_PEANUT_LEAVES = {"a": "peanut_A", "b": "peanut_B", "encoders": "peanut_encoders", "decoders": "peanut_decoders"}
-LEAVES = {
-    "PEANUT": _PEANUT_LEAVES,
-    "PEANUT_INPUT": _PEANUT_LEAVES,
-    "LORA": {"a": "lora_A", "b": "lora_B"},
-    "NONLINEAR_LORA": {"a": "nonlinear_lora_A", "b": "nonlinear_lora_B"},
-}
-_LISTS = ("encoders", "decoders")
 
 # Fields of PEFT 0.21.2's configs that say how a base is found or training starts, and nothing about the function.
 _BOOKKEEPING = {
@@ -44,9 +26,11 @@ _BOOKKEEPING = {
 }  # fmt: skip
 _LORA_BOOKKEEPING = {
     "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
-    # Read by _lora_scaling, _check_shapes and config_of.
+    # Read by _lora_scaling, _own_fields and config_of.
     "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
+# Fields of ours that say how a Flax tree is read, which the shapes of an adapter's tensors tell too.
+_NOT_IN_FILES = {"kernel_axes"}
 # The tensors of HF's heads that have a row a label.
 _LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 # LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
@@ -61,48 +45,54 @@ class ModuleAdapters:
         config: Its fields; target_modules and its kin select among torch's module names.
         thetas: Torch module name -> theta of that one kernel.
         saved: Torch tensor name -> array, for the saved modules.
-        fingerprint: Of the base's kernels; empty where the writer made none.
-        base_dtype: Of the kernels in training, in which the factors are computed; None for HF PEFT's adapters.
-        scalings: Modules whose scaling is not `config.scaling`, and ranks other than `config.r` (LoRA's patterns).
+        fingerprint: Digest of each of the base's kernels; empty where the writer made none.
+        base_dtype: Dtype of the kernels in training, in which updates are computed; None for HF PEFT's adapters.
+        own_fields: Module -> the fields in which it differs from `config`: rank and scaling, by LoRA's patterns.
     """
 
-    config: Config
+    config: Method
     thetas: dict[str, dict[str, np.ndarray]]
     saved: dict[str, np.ndarray]
     fingerprint: dict[str, str] = dataclasses.field(default_factory=dict)
     base_dtype: str | None = None
-    scalings: dict[str, float] = dataclasses.field(default_factory=dict)
+    own_fields: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
-    def factor_dtype(self) -> str:
+    def update_dtype(self) -> str:
         """HF PEFT computes in theta's dtype, whatever the kernel's (peft 0.21.2, `tuners/peanut/layer.py`)."""
         return self.base_dtype or "float32"
 
-    def module_config(self, module: str) -> Config:
+    def module_config(self, module: str) -> Method:
         """The config of one module, with its own rank and scaling."""
-        r, scaling = self.thetas[module]["a"].shape[-1], self.scalings.get(module, self.config.scaling)
-        return dataclasses.replace(self.config, r=r, scaling=scaling)
+        return dataclasses.replace(self.config, **self.own_fields.get(module, {}))
 
 
-def write(folder: str | Path, adapter: ModuleAdapters) -> None:
-    """Writes the two files; each appears under its name once it is whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    peft_type = type_of(adapter.config)
+def write(folder: str | Path, adapter: ModuleAdapters, *, overwrite: bool = False) -> None:
+    """Writes the two files into a new folder, which appears whole or not at all.
+
+    Args:
+        overwrite: Replace a folder that holds an adapter.
+
+    Raises:
+        FileExistsError: as `files.atomic.new_folder`.
+        NotImplementedError: a method that has no such form.
+    """
+    row = type_of(adapter.config)
     tensors: dict[str, np.ndarray] = {}
     for module, theta in adapter.thetas.items():
-        for leaf, name in LEAVES[peft_type].items():
-            if leaf in _LISTS:
-                layers = {f"{name}.{i}": matrix for i, matrix in enumerate(theta.get(leaf, ()))}
+        for leaf, name in row.tensors.items():
+            if "{i}" in name:
+                parts = {name.format(i=i): matrix for i, matrix in enumerate(theta.get(leaf, ()))}
             else:
-                layers = {name: theta[leaf]}
-            tensors |= {f"{PREFIX}{module}.{key}.weight": matrix.T for key, matrix in layers.items()}
+                parts = {name: theta[leaf]}
+            tensors |= {f"{PREFIX}{module}.{key}": array.T for key, array in parts.items()}
     tensors |= {PREFIX + name: array for name, array in adapter.saved.items()}
     metadata = {FINGERPRINT_KEY: json.dumps(adapter.fingerprint)} if adapter.fingerprint else {}
     metadata |= {DTYPE_KEY: adapter.base_dtype} if adapter.base_dtype else {}
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # so that a crash leaves no old config beside new weights
-    write_tensors(folder / WEIGHTS_FILE, tensors, metadata)
-    write_text(folder / CONFIG_FILE, json.dumps(_fields(adapter.config, peft_type), indent=2, sort_keys=True) + "\n")
+    text = json.dumps(_fields(adapter.config, row), indent=2, sort_keys=True) + "\n"
+    with new_folder(Path(folder), overwrite, CONFIG_FILE) as temporary:
+        write_tensors(temporary / WEIGHTS_FILE, tensors, metadata)
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def read(folder: str | Path) -> ModuleAdapters:
@@ -130,72 +120,58 @@ def read(folder: str | Path) -> ModuleAdapters:
     try:
         if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
             raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
-        thetas, kept = _thetas(tensors, fields["peft_type"])
-        scalings = _check_shapes(thetas, config, fields)
+        thetas, kept = _thetas(tensors, type_named(fields))
+        own_fields = _check_shapes(thetas, config, fields)
         prints = _fingerprint(metadata)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
     dtype = metadata.get(DTYPE_KEY)
     if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"{folder / WEIGHTS_FILE}: {DTYPE_KEY} is {dtype!r}, no floating dtype")
-    return ModuleAdapters(config, thetas, kept, prints, dtype, scalings)
+    return ModuleAdapters(config, thetas, kept, prints, dtype, own_fields)
 
 
-def type_of(config: Config) -> str:
-    """The peft_type of a config."""
-    for peft_type, (kind, fixed) in TYPES.items():
-        if isinstance(config, kind) and all(getattr(config, name) == value for name, value in fixed.items()):
-            return peft_type
-    raise AssertionError(f"no peft_type for {config}")
-
-
-def config_of(fields: Mapping[str, Any]) -> Config:
+def config_of(fields: Mapping[str, Any]) -> Method:
     """The config that the fields of an `adapter_config.json` mean.
 
     Raises:
         ValueError: another peft_type, an unknown field that is set, a bad value.
     """
-    peft_type = fields.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in TYPES:
-        raise ValueError(f"peft_type must be one of {', '.join(TYPES)}, got {peft_type!r}")
-    kind, fixed = TYPES[peft_type]
-    own = {field.name for field in dataclasses.fields(kind)}
+    row = type_named(fields)
+    own = {field.name for field in dataclasses.fields(row.method)} - _NOT_IN_FILES
     given = {name: value for name, value in fields.items() if name in own}
-    known = own | _BOOKKEEPING | (_LORA_BOOKKEEPING if peft_type == "LORA" else set())
-    unknown = {
-        name: value
-        for name, value in fields.items()
-        if name not in known and value not in (None, False, [], {}, "none")
-    }
-    if unknown:
-        name, value = next(iter(unknown.items()))
-        raise ValueError(f"{name}={value!r} is not supported: the adapter would be another function without it")
-    if kind is LoraConfig:
+    _check_known(fields, own | _BOOKKEEPING | row.marks.keys() | (_LORA_BOOKKEEPING if row.is_lora else set()))
+    if row.is_lora:
         if fields.get("init_lora_weights") not in _PLAIN_LORA_INITS:
             raise ValueError(
                 f"init_lora_weights={fields['init_lora_weights']!r} trains on a changed base; convert the adapter in "
                 "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         given["dropout"] = fields.get("lora_dropout", given.get("dropout", 0.0))
-        if peft_type == "LORA":
-            given["scaling"] = _lora_scaling(fields, fields.get("r"), fields.get("lora_alpha", 8))
-    nullable = {field.name for field in dataclasses.fields(kind) if field.default is None}
+        given["scaling"] = _lora_scaling(fields, fields.get("r"), fields.get("lora_alpha", 8))
+    nullable = {field.name for field in dataclasses.fields(row.method) if field.default is None}
     given = {name: value for name, value in given.items() if value not in (None, []) or name not in nullable}
-    config = kind(**{**given, **fixed})
+    config = row.method(**{**given, **row.fixed})
     heads = TASK_HEADS.get(config.task_type or "", ())  # which PEFT writes among the saved modules
     named = tuple(name for name in config.modules_to_save or () if name not in heads)
     return dataclasses.replace(config, modules_to_save=named or None)
 
 
-def _fields(config: Config, peft_type: str) -> dict[str, Any]:
+def _check_known(fields: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in fields.items():
+        if name not in known and value not in (None, False, [], {}, "none"):
+            raise ValueError(f"{name}={value!r} is not supported: the adapter would be another function without it")
+
+
+def _fields(config: Method, row: PeftType) -> dict[str, Any]:
     """The fields of `adapter_config.json`."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    fields |= {"peft_type": peft_type, "inference_mode": True, "auto_mapping": None, "revision": None}
-    for name in TYPES[peft_type][1]:
+    fields |= {"peft_type": row.name, "inference_mode": True, "auto_mapping": None, "revision": None}
+    for name in (*row.fixed, *_NOT_IN_FILES):
         del fields[name]
     dropout = fields.pop("dropout")
-    if peft_type == "LORA":
+    if row.is_lora:
         alpha = fields["r"] * fields.pop("scaling")
         fields |= {
             "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -203,10 +179,10 @@ def _fields(config: Config, peft_type: str) -> dict[str, Any]:
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
-            "use_dora": False,
             "use_rslora": False,
             "rank_pattern": {},
             "alpha_pattern": {},
+            **row.marks,
         }
     elif dropout:
         fields["dropout"] = dropout
@@ -221,28 +197,26 @@ def _lora_scaling(fields: Mapping[str, Any], r: Any, alpha: Any) -> float:
 
 
 def _thetas(
-    tensors: Mapping[str, np.ndarray], peft_type: str
+    tensors: Mapping[str, np.ndarray], row: PeftType
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Thetas by module, and the tensors of saved modules."""
-    leaves = {name: leaf for leaf, name in LEAVES[peft_type].items()}
-    key = re.compile(rf"(?P<module>.+)\.(?P<name>{'|'.join(leaves)})(?:\.(?P<index>\d+))?\.weight")
+    patterns = row.patterns()
     parts: dict[str, dict[str, dict[int | None, np.ndarray]]] = {}
     kept = {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise ValueError(f"tensor {name!r} does not begin with {PREFIX!r}, as every tensor of an adapter does")
         short = name.removeprefix(PREFIX)
-        match = key.fullmatch(short)
-        if match is None:
+        found = next(((leaf, match) for leaf, one in patterns.items() if (match := one.fullmatch(short))), None)
+        if found is None:
             if re.search(r"(^|\.)(peanut|lora|nonlinear_lora)_", short):
-                raise ValueError(f"tensor {name!r} is not one of a {peft_type} adapter: {', '.join(leaves)}")
+                names = ", ".join(row.tensors.values()) or "none"
+                raise ValueError(f"tensor {name!r} is not one of a {row.name} adapter: {names}")
             kept[short] = tensor
             continue
-        leaf, index = leaves[match["name"]], match["index"]
-        if (index is not None) != (leaf in _LISTS) or tensor.ndim != 2:
-            raise ValueError(f"tensor {name!r} of shape {tensor.shape} is not one of a {peft_type} adapter")
+        leaf, match = found
+        number = int(match["i"]) if "i" in match.groupdict() else None
         module = parts.setdefault(match["module"], {}).setdefault(leaf, {})
-        number = None if index is None else int(index)
         if number in module:
             raise ValueError(f"tensor {name!r} is there twice, under two spellings of its number")
         module[number] = tensor.T
@@ -251,51 +225,63 @@ def _thetas(
 
 def _theta(module: str, parts: Mapping[str, Mapping[int | None, np.ndarray]]) -> dict[str, np.ndarray]:
     theta = {}
-    for leaf, matrices in parts.items():
-        if leaf not in _LISTS:
-            theta[leaf] = np.asarray(matrices[None], np.float32)
+    for leaf, arrays in parts.items():
+        if None in arrays:
+            theta[leaf] = np.asarray(arrays[None], np.float32)
             continue
-        if sorted(matrices, key=int) != list(range(len(matrices))):  # type: ignore[arg-type]
-            raise ValueError(f"module {module!r} has the {leaf} {sorted(matrices, key=int)}, one of them is missing")  # type: ignore[arg-type]
-        if len({matrix.shape for matrix in matrices.values()}) > 1:
+        numbers = sorted(number for number in arrays if number is not None)
+        if numbers != list(range(len(arrays))):
+            raise ValueError(f"module {module!r} has the {leaf} {numbers}, one of them is missing")
+        if len({array.shape for array in arrays.values()}) > 1:
             raise ValueError(f"module {module!r} has {leaf} of different shapes")
-        theta[leaf] = np.stack([np.asarray(matrices[i], np.float32) for i in range(len(matrices))])
+        theta[leaf] = np.stack([np.asarray(arrays[i], np.float32) for i in numbers])
     return theta
 
 
 def _check_shapes(
-    thetas: Mapping[str, Mapping[str, np.ndarray]], config: Config, fields: Mapping[str, Any]
-) -> dict[str, float]:
-    """Refuses thetas that are not the config's; the scalings of modules that LoRA's patterns single out."""
-    if not thetas:
+    thetas: Mapping[str, Mapping[str, np.ndarray]], config: Method, fields: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Refuses thetas that are not the config's; the own fields of modules that LoRA's patterns single out."""
+    if not thetas and config.ADAPTS_KERNELS:
         raise ValueError("no adapter tensors in it")
-    depth = config.depth if isinstance(config, PeanutConfig) else 0
-    scalings = {}
+    own_fields = {}
     for module, theta in thetas.items():
-        r, alpha = config.r, None
-        if isinstance(config, LoraConfig):
-            r = _pattern(fields.get("rank_pattern"), module, config.r)
-            alpha = _pattern(fields.get("alpha_pattern"), module, fields.get("lora_alpha", 8))
-        wanted = {"a", "b"} | ({"encoders", "decoders"} if depth else set())
-        if theta.keys() != wanted:
-            odd = sorted(theta.keys() ^ wanted)
-            raise ValueError(f"module {module!r}: {odd[0]} is {'missing' if odd[0] in wanted else 'not expected'}")
-        side = theta["a"].shape[0]
-        if isinstance(config, PeanutConfig):
-            expected = tweaker.shapes(side, side, r, depth, config.orientation)
-        else:
-            expected = tweaker.lora_shapes(side, theta["b"].shape[1], r)
-        for leaf, shape in expected.items():
+        own = _own_fields(module, config, fields)
+        if own:
+            own_fields[module] = own
+        one = dataclasses.replace(config, **own)
+        leaves = one.leaves()
+        if theta.keys() != leaves.keys():
+            odd = sorted(theta.keys() ^ leaves.keys())
+            raise ValueError(f"module {module!r}: {odd[0]} is {'missing' if odd[0] in leaves else 'not expected'}")
+        for leaf, shape in one.shapes(*sides(one, theta)).items():
             if theta[leaf].shape != shape:
+                words = dict.fromkeys(word for part in leaves.values() for word in part.axes if hasattr(one, word))
                 raise ValueError(
                     f"module {module!r}: {leaf} is {theta[leaf].shape[::-1]} as stored, expected {shape[::-1]} "
-                    f"for r={r}, depth={depth}"
+                    f"for {', '.join(f'{word}={getattr(one, word)}' for word in words)}"
                 )
-        if isinstance(config, LoraConfig) and "lora_alpha" in fields:
-            scaling = _lora_scaling(fields, r, alpha)
-            if r != config.r or scaling != config.scaling:
-                scalings[module] = scaling
-    return scalings
+    return own_fields
+
+
+def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """(d_in, d_out) of the kernel that a theta is for, as the axes of its arrays say; 0 for a side that none has."""
+    found = {"in": 0, "out": 0}
+    for name, leaf in config.leaves().items():
+        if name in theta and theta[name].ndim == len(leaf.axes):
+            found |= {word: size for word, size in zip(leaf.axes, theta[name].shape, strict=True) if word in found}
+    return found["in"], found["out"]
+
+
+def _own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Rank and scaling of a module, where LoRA's patterns make them other than the config's."""
+    if "lora_alpha" not in fields:
+        return {}
+    default = {"r": getattr(config, "r", None), "scaling": getattr(config, "scaling", None)}
+    r = _pattern(fields.get("rank_pattern"), module, default["r"])
+    alpha = _pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"])
+    own = {"r": r, "scaling": _lora_scaling(fields, r, alpha)}
+    return own if own != default else {}
 
 
 def _pattern(patterns: Any, module: str, default: Any) -> Any:

@@ -14,13 +14,13 @@ from typing import Any
 from jaxtyping import PyTree
 
 from peanut_jax.base import torch_names as names
-from peanut_jax.base.kernels import Axes, Leaf, find, flatten, module_of
+from peanut_jax.base.kernels import Leaf, find, flatten, module_of
 from peanut_jax.base.select import saved_modules, select
 from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE, ModuleAdapters
-from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, Config
+from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, Method
 
 
-def _selected(config: Config, modules: Iterable[str], saved_modules: Collection[str]) -> set[str]:
+def _selected(config: Method, modules: Iterable[str], saved_modules: Collection[str]) -> set[str]:
     """The modules that HF PEFT would adapt (peft 0.21.2, `check_target_module_exists` in `tuners/tuners_utils.py`)."""
 
     def listed(field: str | Sequence[str], module: str) -> bool:
@@ -52,12 +52,14 @@ def _selected(config: Config, modules: Iterable[str], saved_modules: Collection[
     return {module for module in modules if adapted(module)}
 
 
-def _heads(config: Config) -> tuple[str, ...]:
+def _heads(config: Method) -> tuple[str, ...]:
     return (*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))
 
 
-def torch_selection(config: Config, thetas: Mapping[str, Any], everywhere: Collection[str]) -> Config:
+def torch_selection(config: Method, thetas: Mapping[str, Any], everywhere: Collection[str]) -> Method:
     """`config` with fields by which PEFT selects exactly the modules of `thetas`: its own where they do."""
+    if not config.ADAPTS_KERNELS:
+        return config
     named = config.target_modules is not None and config.target_modules != ALL_LINEAR
     if named and _selected(config, everywhere, _heads(config)) == thetas.keys():
         return config
@@ -70,17 +72,17 @@ def torch_selection(config: Config, thetas: Mapping[str, Any], everywhere: Colle
     return dataclasses.replace(plain, target_modules=tuple(thetas))
 
 
-def flax_selection(config: Config, rows: Mapping[str, list[int] | None], params: PyTree, axes: Axes | None) -> Config:
+def flax_selection(config: Method, rows: Mapping[str, list[int] | None], params: PyTree) -> Method:
     """`config` with fields that select exactly `rows` (kernel path -> rows of its stack) in `params`."""
     try:
-        targets = select(params, config, axes)
+        targets = select(params, config)
     except (ValueError, NotImplementedError):  # names that hold in torch's numbering alone
         targets = {}
     if {path: names.rows_of(target) for path, target in targets.items()} == dict(rows):
         return config
-    flat = find(flatten(params), axes)
+    kernels = find(flatten(params), dict(config.kernel_axes or ()))
     stacks = {path: layers for path, layers in rows.items() if layers is not None}
-    partial = {tuple(layers) for path, layers in stacks.items() if layers != list(range(flat[path].stack[0]))}
+    partial = {tuple(layers) for path, layers in stacks.items() if layers != list(range(kernels[path].stack[0]))}
     if len(partial) > 1 or (partial and len(stacks) < len(rows)):
         raise ValueError(
             f"the adapter has other layers for one kernel than for another ({sorted(partial)[:2]}), which one "
@@ -95,7 +97,7 @@ def flax_selection(config: Config, rows: Mapping[str, list[int] | None], params:
     )
 
 
-def _saved_by_peft(config: Config, modules: Iterable[str]) -> set[str]:
+def _saved_by_peft(config: Method, modules: Iterable[str]) -> set[str]:
     """The modules that HF PEFT would save: by the end of the name, so that "norm" is "input_layernorm" too.
 
     References:
@@ -104,7 +106,7 @@ def _saved_by_peft(config: Config, modules: Iterable[str]) -> set[str]:
     return {module for module in modules if module.endswith(_heads(config))}
 
 
-def torch_saving(config: Config, flat: Mapping[str, Leaf], modules: Mapping[str, str]) -> Config:
+def torch_saving(config: Method, flat: Mapping[str, Leaf], modules: Mapping[str, str]) -> Method:
     """`config` with modules_to_save by which PEFT saves the same modules; `modules` are torch's -> Flax's."""
     saved_here = saved_modules(flat, config)
     wanted = {module for module, here in modules.items() if here in saved_here}
@@ -119,7 +121,7 @@ def torch_saving(config: Config, flat: Mapping[str, Leaf], modules: Mapping[str,
     return by_name
 
 
-def flax_saving(config: Config, flat: Mapping[str, Leaf], modules: Mapping[str, str]) -> Config:
+def flax_saving(config: Method, flat: Mapping[str, Leaf], modules: Mapping[str, str]) -> Method:
     """`config` with modules_to_save that name in `flat` what PEFT saved."""
     heads = TASK_HEADS.get(config.task_type or "", ())
     found = {modules[module] for module in _saved_by_peft(config, modules)}

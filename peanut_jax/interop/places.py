@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from peanut_jax.adapters import theta_shapes
 from peanut_jax.base.kernels import Kernel
 from peanut_jax.base.torch_names import torch_kernels
 from peanut_jax.files.torch_checkpoint import Checkpoint
 from peanut_jax.interop.peft_folder import ModuleAdapters
-from peanut_jax.methods.base import Config
+from peanut_jax.methods.base import Method
 
 # What old checkpoints call the leaves of a LayerNorm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -74,9 +73,9 @@ def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
     return Places(tensors, kernels, saved, strip)
 
 
-def _check_theta(module: str, theta: Mapping[str, np.ndarray], kernel: Kernel, config: Config) -> None:
+def _check_theta(module: str, theta: Mapping[str, np.ndarray], kernel: Kernel, config: Method) -> None:
     """Refuses a theta that is not of the kernel's shape."""
-    for leaf, shape in theta_shapes(kernel, config).items():
+    for leaf, shape in config.shapes(kernel.d_in, kernel.d_out).items():
         if leaf not in theta or theta[leaf].shape != shape:
             found = theta[leaf].shape if leaf in theta else "missing"
             raise ValueError(

@@ -1,18 +1,24 @@
-"""What to adapt and how: frozen, validated configurations.
+"""What to adapt and how: a config is a method, and the only place that knows its mathematics.
 
-Field names and meanings are HF PEFT's (peft 0.21.2, `peft/tuners/peanut/config.py`), so that a PEFT
-`adapter_config.json` maps one to one. `orientation` and `dropout` are ours.
+Field names and meanings are HF PEFT's (peft 0.21.2, `peft/tuners/*/config.py`), so that a PEFT `adapter_config.json`
+maps one to one. `orientation`, `dropout` of a PEANuT and `kernel_axes` are ours.
 """
 
+import abc
 import dataclasses
-import re
-import sys
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
-from peanut_jax.methods.activations import ACTIVATIONS
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from peanut_jax.matrices import Matrix
+from peanut_jax.methods import fields
+from peanut_jax.updates import KernelUpdate
 
 ALL_LINEAR = "all-linear"
-ORIENTATIONS = ("output", "input")
 # The heads that HF PEFT trains and saves on its own for a task (peft/peft_model.py, PeftModelFor*).
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -23,33 +29,35 @@ TASK_HEADS = {
     "FEATURE_EXTRACTION": (),
 }
 
+# Leaf -> array: what is trained for one kernel.
+Theta = dict[str, Array]
+# (key, shape with the stack's axes, kernel) -> the array that training starts from.
+Start = Callable[[PRNGKeyArray, tuple[int, ...], Matrix], Array]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Which kernels an adapter reads, and the size and weight of its update.
+    """Which modules an adapter changes, and which it trains in full.
 
     Args:
-        r: Hidden units of the tweaker, and so the largest rank of the update. It may exceed the kernel's shorter
-            side: allowed because Prop. 3.2 of the paper needs 2r hidden units, but the rank of the update is then
-            bounded by the kernel.
-        scaling: Multiplies the update as it is (there is no division by r).
         target_modules: Module names (`"query"` matches a module of that name or any `....query`), or a string: a
             regular expression that must match the whole dotted module path, or `"all-linear"` for every dense layer
-            but the output head. `None` takes the architecture's default (`architectures.ARCHITECTURES`).
+            but the output head. `None` takes the architecture's default (`architectures.ARCHITECTURES`). The module of
+            a bare top-level `nn.Dense` has the name "".
         exclude_modules: Same language; modules to leave out.
         modules_to_save: Modules trained in full and saved with the adapter, such as a new classifier.
         layers_to_transform: Layer index or indices to adapt; all by default. On an `nn.scan` stack, rows of the stack.
         layers_pattern: Name(s) of the module that holds the layers, when it is not the first one with an index.
         dropout: Rate in [0, 1) applied to the input of the adapter path, in training only (paper tables 9, 10).
-        base_model_name_or_path: Recorded with the adapter; not read here.
+        base_model_name_or_path: Recorded with the adapter; by default what the library's loaders loaded.
         task_type: HF PEFT's task name; a classification or question answering task adds its head to the saved modules.
+        kernel_axes: From `peanut_jax.kernel_axes`, for a model with `nn.DenseGeneral` kernels that have no bias.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
+        TypeError: a field that there is not, with the closest that there is.
     """
 
-    r: int = 32
-    scaling: float = 1.0
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
@@ -58,132 +66,160 @@ class AdapterConfig:
     dropout: float = 0.0
     base_model_name_or_path: str | None = None
     task_type: str | None = None
+    kernel_axes: Mapping[str, tuple[int, int]] | Sequence[tuple[str, tuple[int, int]]] | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Refuses fields that there are not: HF's other spellings deserve more than Python's own message."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = cls.HINTS.get(name) or (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}")
+                raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
+        return super().__new__(cls)
+
+    ADAPTS_KERNELS: ClassVar[bool] = True
+    # Field of another library -> what to write here.
+    HINTS: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "set scaling = lora_alpha / r",
+        "lora_dropout": "it is called dropout here",
+        "rank": "it is called r here",
+    }
 
     def __post_init__(self) -> None:
-        _check_int("r", self.r, minimum=1)
-        if self.r > 2**31 - 1:
-            raise ValueError("r must be below 2^31")
-        if not _is_real(self.scaling) or not 0 < self.scaling <= sys.float_info.max:
-            raise ValueError(f"scaling must be a finite number above 0, got {self.scaling!r}")
-        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        self._set("dropout", fields.rate("dropout", self.dropout))
         if self.task_type is not None and self.task_type not in list(TASK_HEADS):
             raise ValueError(f"task_type must be one of {sorted(TASK_HEADS)} or None, got {self.task_type!r}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lower() != ALL_LINEAR:
-                _check_regex(name, value)
-            else:
-                self._freeze(name, value, str)
+                fields.regex(name, value)
+            self._set(name, fields.names(name, value))
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
-        self._freeze("modules_to_save", self.modules_to_save, str)
-        self._freeze("layers_pattern", self.layers_pattern, str)
+        for name in ("modules_to_save", "layers_pattern"):
+            self._set(name, fields.names(name, getattr(self, name)))
         for pattern in (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            _check_regex("layers_pattern", pattern)
-        self._freeze("layers_to_transform", self.layers_to_transform, int)
-        layers = self.layers_to_transform
-        for index in (layers,) if isinstance(layers, int) else layers or ():
-            _check_int("layers_to_transform", index, minimum=0)
+            fields.regex("layers_pattern", pattern)
+        self._set("layers_to_transform", fields.layers("layers_to_transform", self.layers_to_transform))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: say which layers to adapt"
             )
+        self._set("kernel_axes", fields.kernel_axes("kernel_axes", self.kernel_axes))
 
-    def _freeze(self, name: str, value: object, kind: type) -> None:
-        """Turns a list field into a tuple, so that a config hashes and can be a static argument of jit."""
-        if value is None or isinstance(value, str) or (kind is int and _is_int(value)):
-            return
-        if not isinstance(value, (list, tuple, set, frozenset)):
-            raise ValueError(f"{name} must be a list, got {value!r}")
-        items = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-        if not items or not all(isinstance(item, kind) for item in items):
-            raise ValueError(f"{name} must be a list of one or more {kind.__name__}, got {value!r}")
-        object.__setattr__(self, name, items)
+    def _set(self, name: str, value: Any) -> None:
+        """Replaces a field by its checked value, while the config is made."""
+        object.__setattr__(self, name, value)
+
+
+def uniform(key: PRNGKeyArray, shape: tuple[int, ...], kernel: Matrix) -> Array:
+    """Uniform in +-1/sqrt(fan_in), fan_in being the axis before the last.
+
+    References:
+        `torch.nn.init.kaiming_uniform_(a=sqrt(5))` in `PeanutLayer.reset_peanut_parameters` of peft 0.21.2.
+    """
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def zeros(key: PRNGKeyArray, shape: tuple[int, ...], kernel: Matrix) -> Array:
+    """Zeros, so that an update that is a product with it is exactly 0."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One trained array of a kernel's theta.
+
+    Attributes:
+        axes: What each axis is, in words: "in" and "out" are the kernel's sides, any other word the config's field of
+            that name, such as "r". They say the array's shape, how it is sharded, and its fan-in.
+        start: What training starts from.
+    """
+
+    axes: tuple[str, ...]
+    start: Start = uniform
+
+
+class Method(AdapterConfig, abc.ABC):
+    """A config that says what becomes of each kernel. Subclass it in a file of its own; nothing else asks which it is.
+
+    Attributes:
+        READS_BASE: Whether the update is a function of the frozen kernel too, and so belongs to one base alone.
+    """
+
+    READS_BASE: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def leaves(self) -> dict[str, Leaf]:
+        """Name -> leaf of what is trained for one kernel, in the order in which their keys are drawn."""
+
+    @abc.abstractmethod
+    def update(
+        self,
+        theta: Mapping[str, Float[Array, "..."]],
+        kernel: Matrix,
+        bias: Float[Array, "*stack d_out"] | None = None,
+    ) -> KernelUpdate:
+        """The update that theta means for a frozen kernel; zero arrays where theta is at its start.
+
+        Args:
+            theta: Name -> float32 array with the kernel's stack axes leading.
+            kernel: W0 [*stack, d_in, d_out].
+            bias: Of the kernel's module, where it has one.
+        """
+
+    def shapes(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each leaf for one [d_in, d_out] kernel, without the stack's axes."""
+        sides = {"in": d_in, "out": d_out}
+        return {
+            name: tuple(sides[word] if word in sides else getattr(self, word) for word in leaf.axes)
+            for name, leaf in self.leaves().items()
+        }
+
+    def start(self, key: PRNGKeyArray, kernel: Matrix) -> Theta:
+        """Draws theta for a kernel [*stack, d_in, d_out]; `key` is consumed whole."""
+        leaves, shapes = self.leaves(), self.shapes(*kernel.shape[-2:])
+        keys = jax.random.split(key, len(leaves))
+        stack = kernel.shape[:-2]
+        return {
+            name: leaf.start(one, stack + shapes[name], kernel)
+            for one, (name, leaf) in zip(keys, leaves.items(), strict=True)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeanutConfig(AdapterConfig):
-    """PEANuT: W = W0 + scaling * f(W0; theta), with f a small network that reads the frozen kernel itself.
+class RankMethod(Method):
+    """What the methods with a rank share.
 
     Args:
-        depth: Encoder/decoder pairs between A and B. The paper's depth counts layers: its 2, 4, 6 are 0, 1, 2 here.
-        act_fn: The nonlinearity, a key of `activations.ACTIVATIONS`. `"linear"` with depth 0 is multiplicative LoRA.
-        orientation: `"output"` reads the rows of W0 [d_in, d_out] (HF PEFT, the authors' vision and NLU code);
-            `"input"` applies the same network to W0^T (the authors' LLM code).
-        init_weights: True starts from B = 0, an exact no-op; False draws B too.
+        r: Rank of the update at most (hidden units of PEANuT's network). It may exceed the kernel's shorter side:
+            Prop. 3.2 of the paper needs 2r hidden units, but the rank of the update is then bounded by the kernel.
+        scaling: Multiplies the update as it is (there is no division by r).
 
     See `AdapterConfig` for the other fields.
+    """
+
+    r: int = 32
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("r", fields.integer("r", self.r, minimum=1))
+        self._set("scaling", fields.scale("scaling", self.scaling))
+
+
+def checked(config: Any) -> Method:
+    """`config`, once it is a method.
 
     Raises:
-        ValueError: naming the field, the value and what is allowed.
-
-    Example:
-        >>> PeanutConfig(r=8, depth=1, target_modules=["query", "value"]).depth
-        1
-
-    References:
-        arXiv:2410.01870v3, sections 3.1 and 3.2; `peft/tuners/peanut/config.py` of huggingface/peft 0.21.2.
+        ValueError: anything else.
     """
-
-    depth: int = 0
-    act_fn: str = "relu"
-    init_weights: bool = True
-    orientation: str = "output"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_int("depth", self.depth, minimum=0)
-        _check_activation(self.act_fn)
-        if self.orientation not in ORIENTATIONS:
-            raise ValueError(f"orientation must be one of {ORIENTATIONS}, got {self.orientation!r}")
+    if not isinstance(config, Method):
+        raise ValueError(f"config must be a method such as PeanutConfig(r=8) or LoraConfig(r=8), got {_named(config)}")
+    return config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(AdapterConfig):
-    """LoRA (dW = scaling * A @ B), and with an activation the paper's nonlinear LoRA (dW = scaling * act(A) @ B).
-
-    The baselines of the paper's table 5, on the same road as PEANuT so that a comparison differs in `factors` alone.
-
-    Args:
-        act_fn: `"linear"` for LoRA, any other activation for nonlinear LoRA.
-
-    See `AdapterConfig` for the other fields. `scaling` is LoRA's alpha / r.
-
-    References:
-        arXiv:2106.09685, section 4.1; arXiv:2410.01870v3, table 5.
-    """
-
-    act_fn: str = "linear"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_activation(self.act_fn)
-
-
-Config = PeanutConfig | LoraConfig
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-
-
-def _check_activation(name: str) -> None:
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"act_fn must be one of {sorted(ACTIVATIONS)}, got {name!r}")
-
-
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} is a string, so a regular expression, and {pattern!r} is none: {error}") from error
+def _named(value: Any) -> str:
+    return value.__name__ + " itself, not an instance" if isinstance(value, type) else type(value).__name__

@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from peanut_jax.adapters import FactorTree
-from peanut_jax.frontends.linen import with_pairs
+from peanut_jax.frontends.linen import bind
 from peanut_jax.models.decoder import Cache, Decoder, empty_cache
+from peanut_jax.updates import Updates
 
 SMALLEST_BUCKET = 16
 # Stands for minus infinity among sums of log-probabilities.
@@ -71,7 +71,7 @@ class _Prompts:
     params: PyTree
     tokens: Int[Array, "batch prompt"]
     real: Bool[Array, "batch prompt"]
-    factors: FactorTree | None
+    factors: Updates | None
     rows: PyTree | None
     limit: Int[Array, ""]
 
@@ -83,7 +83,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_token_ids: int | Sequence[int] | None = (),
-    factors: FactorTree | Sequence[FactorTree] | None = None,
+    factors: Updates | Sequence[Updates] | None = None,
     adapter_ids: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     key: PRNGKeyArray | None = None,
@@ -183,7 +183,7 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
     return tokens, real
 
 
-def _by_row(factors: Sequence[FactorTree], adapter_ids: Sequence[int], count: int, num_beams: int) -> PyTree:
+def _by_row(factors: Sequence[Updates], adapter_ids: Sequence[int], count: int, num_beams: int) -> PyTree:
     """Each row's own pairs, on a leading axis. Adapters of other targets or ranks are filled up with zeros."""
     if len(adapter_ids) != count or not all(0 <= one < len(factors) for one in adapter_ids):
         raise ValueError(f"adapter_ids must be {count} numbers below {len(factors)}, got {list(adapter_ids)}")
@@ -192,7 +192,7 @@ def _by_row(factors: Sequence[FactorTree], adapter_ids: Sequence[int], count: in
     shapes: dict[str, tuple[Array, Array]] = {path: pair for tree in factors for path, pair in tree.items()}
     rank = max(pair[0].shape[-1] for tree in factors for pair in tree.values())
 
-    def padded(tree: FactorTree, path: str, side: int) -> Array:
+    def padded(tree: Updates, path: str, side: int) -> Array:
         like = shapes[path][side]
         axis = -1 if side == 0 else -2
         if path not in tree:
@@ -219,11 +219,11 @@ def _step_of(model: Decoder, prompts: _Prompts) -> Step:
 
     params, rows = prompts.params, prompts.rows
     if rows is None:
-        return partial(plain if prompts.factors is None else with_pairs(plain, prompts.factors), params)
+        return partial(plain if prompts.factors is None else bind(plain, prompts.factors), params)
 
-    def one_row(pairs: FactorTree, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
+    def one_row(pairs: Updates, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
         alone = _row_cache(cache, jnp.expand_dims)
-        logits, alone = with_pairs(plain, pairs)(params, tokens[None], real[None], alone)
+        logits, alone = bind(plain, pairs)(params, tokens[None], real[None], alone)
         return logits[0], _row_cache(alone, jnp.squeeze)
 
     layer = 1 if model.config.scan_layers else 0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import optax
 
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.sharding import Rules
 from peanut_jax.trainer.checks import check_choice, check_int, check_positive, check_range
 from peanut_jax.trainer.tasks.base import TaskConfig
@@ -159,7 +159,7 @@ class Run:
     """
 
     task: TaskConfig
-    adapter: AdapterConfig
+    adapter: Method
     loop: Loop
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     mesh: str = "data=-1"

@@ -178,7 +178,7 @@ def _finish(run: Run, task: Task, folder: Path, checkpoints: Checkpoints, state:
     config = run.adapter
     if config.base_model_name_or_path is None:
         config = dataclasses.replace(config, base_model_name_or_path=run.task.model)
-    pj.save_adapter(folder / ADAPTER, state.adapters, config, task.params)
+    pj.save_adapter(folder / ADAPTER, state.adapters, config, task.params, overwrite=True)
     if task.evaluation is not None and (found := checkpoints.restore_best(state)):
-        pj.save_adapter(folder / BEST, found[0].adapters, config, task.params)
+        pj.save_adapter(folder / BEST, found[0].adapters, config, task.params, overwrite=True)
     on_first(lambda: plot_curves(folder))

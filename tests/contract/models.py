@@ -38,7 +38,9 @@ class Case:
     axes: Any = None
 
     def config(self, **fields: Any) -> pj.PeanutConfig:
-        return pj.PeanutConfig(**{"r": 3, "target_modules": self.targets, "init_weights": False, **fields})
+        return pj.PeanutConfig(
+            **{"r": 3, "target_modules": self.targets, "init_weights": False, "kernel_axes": self.axes, **fields}
+        )
 
     def cast(self, dtype: Any) -> Any:
         return jax.tree.map(lambda a: a.astype(dtype), self.params)

@@ -25,7 +25,7 @@ def case(request):
 
 def setting(case, **fields):
     config = case.config(**fields)
-    return config, jax.jit(lambda params: pj.init(jax.random.key(5), params, config, case.axes))(case.params)
+    return config, jax.jit(lambda params: pj.init(jax.random.key(5), params, config))(case.params)
 
 
 merge = jax.jit(pj.merge, static_argnums=2)
@@ -51,13 +51,13 @@ def test_forward_equals_merged_equals_numpy(case, fields):
     assert difference(adapted, run(merged, case.x)) < TOLERANCE["float32"]
     assert difference(adapted, run(case.params, case.x)) > 1e-3
     base, flat = flatten(case.params), flatten(merged)
-    for path, target in pj.select(case.params, config, case.axes).items():
+    for path, target in pj.select(case.params, config).items():
         kernel = target.kernel
         w0 = np.asarray(kernel.matrix(base[path]), np.float64).reshape(-1, kernel.d_in, kernel.d_out)
         update = np.asarray(kernel.matrix(flat[path]), np.float64).reshape(w0.shape) - w0
         theta = {
             k: np.asarray(v, np.float64).reshape(len(w0), *v.shape[len(kernel.stack) :])
-            for k, v in adapters[path].items()
+            for k, v in adapters.theta[path].items()
         }
         for i in range(len(w0)):
             layer = {name: value[i] for name, value in theta.items()}
@@ -114,7 +114,7 @@ def test_dw_is_never_formed(case):
     config, adapters = setting(case, depth=1)
     forward = pj.adapt(case.fn, config)
     program = jax.make_jaxpr(jax.grad(lambda a: forward(a, case.params, case.x).sum()))(adapters)
-    kernels = {t.kernel.path: t.kernel for t in pj.select(case.params, config, case.axes).values()}
+    kernels = {t.kernel.path: t.kernel for t in pj.select(case.params, config).values()}
     sizes = {(k.d_in, k.d_out) for k in kernels.values()} | {(k.d_out, k.d_in) for k in kernels.values()}
     outputs = [
         var.aval for eqn in _equations(program.jaxpr) if eqn.primitive.name == "dot_general" for var in eqn.outvars

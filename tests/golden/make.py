@@ -52,7 +52,7 @@ def steps(orientation: str, depth: int) -> dict[str, float]:
     for i in range(3):
         state, metrics = step(state, params, {"x": x, "y": y})
         numbers |= {f"{name} {i}": float(value) for name, value in metrics.items()}
-    for path, theta in state.adapters.items():
+    for path, theta in state.adapters.theta.items():
         numbers |= {f"{path} {name}": float(jnp.abs(leaf).sum()) for name, leaf in theta.items()}
     return numbers
 

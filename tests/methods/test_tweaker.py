@@ -1,5 +1,6 @@
 """The facts of PEANuT's mathematics, each as a property (design: W = W0 + scaling * f(W0; theta))."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import peanut_jax as pj
+from peanut_jax.matrices import Plain
 from peanut_jax.methods import tweaker
 from peanut_jax.methods.activations import ACTIVATIONS
 
@@ -23,7 +26,8 @@ def _strict_promotion():
 
 
 def theta_of(seed, orientation="output", depth=2, zero_b=False, r=R, stack=()):
-    return tweaker.init(jax.random.key(seed), tweaker.shapes(D_IN, D_OUT, r, depth, orientation), stack, zero_b)
+    config = pj.PeanutConfig(r=r, depth=depth, orientation=orientation, init_weights=zero_b)
+    return config.start(jax.random.key(seed), Plain(jnp.zeros((*stack, D_IN, D_OUT))))
 
 
 def kernel_of(seed, stack=(), dtype=jnp.float32):
@@ -32,8 +36,8 @@ def kernel_of(seed, stack=(), dtype=jnp.float32):
 
 @partial(jax.jit, static_argnames=("act_fn", "orientation"))
 def delta_of(kernel, theta, act_fn="relu", orientation="output", scaling=1.0):
-    pair = tweaker.factors(kernel, theta, act=ACTIVATIONS[act_fn], scaling=scaling, orientation=orientation)
-    return tweaker.delta(*pair)
+    update = tweaker.factors(Plain(kernel), theta, act=ACTIVATIONS[act_fn], scaling=scaling, orientation=orientation)
+    return update.delta()
 
 
 def relative_error(actual, expected):
@@ -49,13 +53,14 @@ def test_parameters_a_kernel(orientation, depth):
 
 
 def test_init_is_uniform_in_one_over_root_fan_in():
-    theta = tweaker.init(jax.random.key(0), tweaker.shapes(64, 400, 16, 2, "output"))
+    config, kernel = pj.PeanutConfig(r=16, depth=2), Plain(jnp.zeros((64, 400)))
+    theta = config.start(jax.random.key(0), kernel)
     for name, fan_in in (("a", 400), ("encoders", 16), ("decoders", 16)):
         bound = fan_in**-0.5
         assert float(jnp.abs(theta[name]).max()) <= bound
         np.testing.assert_allclose(float(theta[name].std()), bound / 3**0.5, rtol=0.1)
     assert not theta["b"].any()
-    drawn = tweaker.init(jax.random.key(0), tweaker.shapes(64, 400, 16, 2, "output"), zero_b=False)
+    drawn = dataclasses.replace(config, init_weights=False).start(jax.random.key(0), kernel)
     np.testing.assert_allclose(float(drawn["b"].std()), 16**-0.5 / 3**0.5, rtol=0.1)
     np.testing.assert_array_equal(drawn["a"], theta["a"])
 
@@ -98,8 +103,8 @@ def test_columns_are_independent_in_the_input_orientation(seed):
 
 @given(SEEDS)
 def test_the_input_orientation_is_the_same_network_on_the_transpose(seed):
-    theta = tweaker.init(jax.random.key(seed), tweaker.shapes(D_OUT, D_IN, R, 2, "output"), zero_b=False)
     kernel = kernel_of(seed)
+    theta = pj.PeanutConfig(r=R, depth=2, init_weights=False).start(jax.random.key(seed), Plain(kernel.T))
     there = delta_of(kernel, theta, "gelu", "input")
     np.testing.assert_allclose(there, delta_of(kernel.T, theta, "gelu", "output").T, atol=1e-6)
 
@@ -164,7 +169,9 @@ def test_a_bfloat16_kernel_keeps_float32_factors_and_is_never_widened(orientatio
     theta, kernel = theta_of(6, orientation), kernel_of(6, dtype=jnp.bfloat16)
 
     def loss(theta):
-        left, right = tweaker.factors(kernel, theta, act=ACTIVATIONS["gelu"], scaling=1.0, orientation=orientation)
+        left, right = tweaker.factors(
+            Plain(kernel), theta, act=ACTIVATIONS["gelu"], scaling=1.0, orientation=orientation
+        )
         assert left.dtype == right.dtype == jnp.float32
         return jnp.sum(left) + jnp.sum(right**2)
 
@@ -202,12 +209,14 @@ def test_sin_with_one_hidden_unit_fits_any_numbers():
     targets = np.array([0.8, -0.6])
     frequencies = jnp.arange(0.0, 400.0, 0.05)
     theta = {"a": frequencies[None, :], "b": jnp.zeros((frequencies.size, 1))}
-    z = tweaker.hidden(kernel, theta, act=ACTIVATIONS["sin"], orientation="output")
+    z = tweaker.hidden(Plain(kernel), theta, act=ACTIVATIONS["sin"], orientation="output")
     assert float(np.abs(np.asarray(z) - targets[:, None]).max(axis=0).min()) < 0.02
 
 
 def test_lora_is_blind_to_the_kernel():
-    theta = tweaker.init(jax.random.key(0), tweaker.lora_shapes(D_IN, D_OUT, R), zero_b=False)
-    left, right = tweaker.lora_factors(theta, act=ACTIVATIONS["linear"], scaling=0.5)
+    config, kernel = pj.LoraConfig(r=R, scaling=0.5), Plain(jnp.full((D_IN, D_OUT), jnp.nan))
+    theta = config.start(jax.random.key(0), kernel)
+    theta["b"] += 1.0
+    left, right = config.update(theta, kernel)
     np.testing.assert_array_equal(left, theta["a"])
     np.testing.assert_array_equal(right, 0.5 * theta["b"])

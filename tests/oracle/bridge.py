@@ -15,6 +15,7 @@ import transformers
 from peft.tuners.peanut.layer import PeanutLayer
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5Config, ViTConfig
 
+import peanut_jax as pj
 from peanut_jax.models import hf
 
 TASKS = {
@@ -153,16 +154,16 @@ def saved(model: peft.PeftModel, read: Callable[[torch.Tensor], torch.Tensor] = 
     return found
 
 
-def adapters(model: peft.PeftModel) -> dict:
-    """Everything that PEFT trains, as our adapters pytree."""
-    return thetas(model) | saved(model)
+def adapters(model: peft.PeftModel) -> pj.Adapters:
+    """Everything that PEFT trains, as our adapters."""
+    return pj.Adapters(thetas(model), saved(model))
 
 
-def gradients(model: peft.PeftModel) -> dict:
+def gradients(model: peft.PeftModel) -> pj.Adapters:
     """The gradients that a backward pass left there, in the same layout."""
 
     def read(parameter: torch.Tensor) -> torch.Tensor:
         assert parameter.grad is not None
         return parameter.grad
 
-    return thetas(model, read=read) | saved(model, read)
+    return pj.Adapters(thetas(model, read=read), saved(model, read))

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peanut_jax import PeanutConfig
+from peanut_jax.matrices import Plain
 from peanut_jax.methods import tweaker
 from peanut_jax.methods.activations import ACTIVATIONS
 
@@ -31,14 +33,14 @@ def draw(seed, depth, orientation, stack=(), act_fn="relu"):
     slope = 2 * math.pi if act_fn == "sin" else 1
     keep = 1 / (slope * math.sqrt(R))
     scales = {"a": 1, "b": 1, "encoders": keep, "decoders": keep}
-    shapes = tweaker.shapes(D_IN, D_OUT, R, depth, orientation)
+    shapes = PeanutConfig(r=R, depth=depth, orientation=orientation).shapes(D_IN, D_OUT)
     theta = {name: rng.normal(0, scales[name], stack + shape).astype(np.float32) for name, shape in shapes.items()}
     return rng.normal(size=(*stack, D_IN, D_OUT)).astype(np.float32), theta
 
 
 def ours(kernel, theta, act_fn, orientation):
     left, right = tweaker.factors(
-        jnp.asarray(kernel), jax.tree.map(jnp.asarray, theta),
+        Plain(jnp.asarray(kernel)), jax.tree.map(jnp.asarray, theta),
         act=ACTIVATIONS[act_fn], scaling=SCALING, orientation=orientation,
     )  # fmt: skip
     assert left.dtype == right.dtype == jnp.float32
@@ -105,10 +107,10 @@ def test_gradients_are_the_differences_of_numpy(orientation, name):
     weight, direction = rng.normal(size=kernel.shape), rng.normal(size=theta[name].shape)
 
     def loss(theta):
-        pair = tweaker.factors(
-            jnp.asarray(kernel), theta, act=ACTIVATIONS["tanh"], scaling=SCALING, orientation=orientation
+        update = tweaker.factors(
+            Plain(jnp.asarray(kernel)), theta, act=ACTIVATIONS["tanh"], scaling=SCALING, orientation=orientation
         )
-        return jnp.sum(tweaker.delta(*pair) * weight)
+        return jnp.sum(update.delta() * weight)
 
     def numpy_loss(step):
         return np.sum(numpys(kernel, {**theta, name: theta[name] + step * direction}, "tanh", orientation) * weight)

@@ -15,7 +15,6 @@ import torch
 
 import peanut_jax as pj
 from peanut_jax.base.kernels import flatten
-from peanut_jax.methods.tweaker import delta
 
 from . import bridge
 
@@ -56,8 +55,7 @@ def fields(twin, **overrides):
 
 def logits_with(pairs, twin):
     """Op by op, so that no compiler fuses one model otherwise than the other; no pairs is the plain model."""
-    with pj.intercept(pairs):
-        return twin.flax(**twin.batch, params=twin.params).logits
+    return pj.bind(lambda params: twin.flax(**twin.batch, params=params).logits, pairs)(twin.params)
 
 
 def loss_weights(shape):
@@ -106,7 +104,7 @@ def test_updates_logits_and_gradients(twin, depth):
     pairs = pj.factors(adapters, twin.params, config)
     assert pairs.keys() == bridge.layers(model).keys()
     for path, layer in bridge.layers(model).items():
-        assert_close(delta(*pairs[path]), layer.get_delta_weight("default").detach().T, path)
+        assert_close(pairs[path].delta(), layer.get_delta_weight("default").detach().T, path)
 
     want = peft_backward(model, twin)
     (_, logits), gradients = value_and_grad(twin, config)(adapters, twin.params)
@@ -122,7 +120,7 @@ def test_activations(bert, act_fn):
     model = bridge.wrap(bert.torch, **both)
     pairs = pj.factors(bridge.adapters(model), bert.params, pj.PeanutConfig(**both))
     for path, layer in bridge.layers(model).items():
-        assert_close(delta(*pairs[path]), layer.get_delta_weight("default").detach().T, path)
+        assert_close(pairs[path].delta(), layer.get_delta_weight("default").detach().T, path)
     assert_close(logits_with(pairs, bert), peft_logits(model, bert).detach())
 
 
@@ -150,7 +148,7 @@ def test_init_is_an_exact_no_op_whose_first_gradient_is_that_of_b_alone(twin):
     assert jnp.array_equal(logits_with(pairs, twin), logits_with({}, twin))
     _, ours = value_and_grad(twin, pj.PeanutConfig(**fields(twin, depth=2)))(adapters, twin.params)
     for gradients in (ours, bridge.gradients(model)):
-        for theta in gradients.values():
+        for theta in gradients.theta.values():
             assert {name for name, leaf in theta.items() if np.any(leaf)} == {"b"}
 
 
@@ -174,8 +172,8 @@ def test_a_task_trains_what_peft_trains(name, tmp_path_factory):
     trainable = {n: p for n, p in model.get_base_model().named_parameters() if p.requires_grad}
     adapters = pj.init(jax.random.key(0), twin.params, config)
     assert {_leaf_of(n) for n in trainable} == {
-        (path, leaf) for path, value in adapters.items() for leaf in (value if isinstance(value, dict) else [""])
-    }
+        (path, leaf) for path, theta in adapters.theta.items() for leaf in theta
+    } | {(path, "") for path in adapters.saved}
     assert sum(p.numel() for p in trainable.values()) == pj.count(adapters)
 
     peft_backward(model, twin)

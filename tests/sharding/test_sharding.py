@@ -236,8 +236,8 @@ def test_general_layers_are_held_by_their_own_axes():
             (r"out/kernel", PartitionSpec("tensor")),
             (r".*", PartitionSpec()),
         ]
-        params, axes = shard(shapes, mesh, by_head), pj.kernel_axes(model.apply, shapes, np.zeros(x.shape, np.float32))
-        program = jax.jit(constrain(model.apply, params, axes)).lower(params, x).compile().as_text()
+        params = shard(shapes, mesh, by_head)
+        program = jax.jit(constrain(model.apply, params)).lower(params, x).compile().as_text()
         moved = [(one.kind, one.shapes) for one in hlo.collectives(program)]
         assert moved == [("all-reduce", ("f32[2,16,32]",))]
 
@@ -339,11 +339,11 @@ def test_adapters_and_moments_follow_their_kernels(orientation, column_a, column
     )  # fmt: skip
     tx = pj.partition(adapters=optax.adamw(1e-3), saved=optax.sgd(1e-3, momentum=0.9))
     state = init_state(jax.random.key(0), params, config, tx)
-    q, down = (state.adapters[f"model/layers/{name}/kernel"] for name in ("self_attn/q_proj", "mlp/down_proj"))
+    q, down = (state.adapters.theta[f"model/layers/{name}/kernel"] for name in ("self_attn/q_proj", "mlp/down_proj"))
     assert (spec_of(q["a"]), spec_of(q["b"])) == (PartitionSpec(None, *column_a), PartitionSpec(None, *column_b))
     assert (spec_of(down["a"]), spec_of(down["b"])) == (PartitionSpec(None, *row_a), PartitionSpec(None, *row_b))
     assert q["encoders"].sharding.is_fully_replicated
-    assert spec_of(state.adapters["lm_head/kernel"]) == PartitionSpec("fsdp", "tensor")
+    assert spec_of(state.adapters.saved["lm_head/kernel"]) == PartitionSpec("fsdp", "tensor")
     moments = [
         leaf for path, leaf in jax.tree.leaves_with_path(state.opt_state) if "down_proj" in jax.tree_util.keystr(path)
     ]
@@ -365,7 +365,7 @@ def test_factors_of_general_kernels():
     ]:
         placed = shard(params, mesh, [(".*kernel", spec), (".*", PartitionSpec())])
         state = init_state(jax.random.key(0), placed, config, optax.sgd(1e-3))
-        assert spec_of(state.adapters["attend/kernel"]["a"]) == PartitionSpec(want, None)
+        assert spec_of(state.adapters.theta["attend/kernel"]["a"]) == PartitionSpec(want, None)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import peanut_jax as pj
+from peanut_jax.adapters import Adapters
 from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read
 from peanut_jax.trainer.judging import FRESH, due, judged
 
@@ -62,7 +63,7 @@ def test_what_is_due_after_a_step():
 
 def test_a_rate_of_its_own_for_saved_modules():
     """Clipped together with the adapters, then stepped by as much as its own rate says; without one, as before."""
-    tree = {"k": {"a": jnp.full(2, 3.0), "b": jnp.full(2, 4.0)}, "head/bias": jnp.full(2, 12.0)}
+    tree = Adapters({"k": {"a": jnp.full(2, 3.0), "b": jnp.full(2, 4.0)}}, {"head/bias": jnp.full(2, 12.0)})
     both = Optimizer(learning_rate=0.1, saved_learning_rate=0.5, schedule="constant")
     one = dataclasses.replace(both, saved_learning_rate=None)
 
@@ -71,8 +72,8 @@ def test_a_rate_of_its_own_for_saved_modules():
         return tx.update(tree, tx.init(tree), tree)[0]
 
     found, plain = updates(both), updates(one)
-    jax.tree.map(np.testing.assert_array_equal, found["k"], plain["k"])
-    np.testing.assert_allclose(found["head/bias"], 5 * plain["head/bias"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, found.theta, plain.theta)
+    np.testing.assert_allclose(found.saved["head/bias"], 5 * plain.saved["head/bias"], rtol=1e-6)
     want = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda _: 0.1, weight_decay=0.0))
     jax.tree.map(np.testing.assert_array_equal, plain, want.update(tree, want.init(tree), tree)[0])
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.sharding import Rules
 from peanut_jax.trainer.rows import Rows
 from peanut_jax.training import LossFn
@@ -56,7 +56,7 @@ class TaskConfig(Protocol):
     @property
     def evaluation(self) -> str | None: ...
 
-    def check(self, adapter: AdapterConfig) -> None:
+    def check(self, adapter: Method) -> None:
         """Refuses an adapter with which this task could not be learned.
 
         Raises:

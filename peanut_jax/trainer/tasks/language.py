@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import AutoTokenizer
 
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import CHUNK, language_loss, summed_loss
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 from peanut_jax.models.loading import load_decoder
@@ -54,7 +54,7 @@ class LanguageModelling:
         check_choice("task.dtype", self.dtype, DTYPES)
         check_choice("task.remat", self.remat, REMAT_POLICIES)
 
-    def check(self, adapter: AdapterConfig) -> None:
+    def check(self, adapter: Method) -> None:
         """Takes every adapter: the decoder has no new modules."""
 
     def build(self, mesh: Mesh, rules: Rules | None, seed: int) -> Task:

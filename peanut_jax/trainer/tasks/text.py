@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import AutoTokenizer
 
-from peanut_jax.methods.base import AdapterConfig
+from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.trainer.checks import check_choice, check_int
@@ -53,7 +53,7 @@ class Classification:
         check_int("task.max_tokens", self.max_tokens, 2)
         check_choice("task.dtype", self.dtype, DTYPES)
 
-    def check(self, adapter: AdapterConfig) -> None:
+    def check(self, adapter: Method) -> None:
         """Refuses an adapter that leaves the new head untrained.
 
         Raises:
