@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from rich.console import Console
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import refuse_foreign, replacing_entries
+from peanut_jax.sharding import make_mesh
 from peanut_jax.trainer import Loop
 from train import quickstart, report
 from train.digits import HIGH, LOW, Digits, Pictures, split, stratified
@@ -67,10 +69,16 @@ def test_every_seed_of_a_method_is_a_run_of_the_loop(finished):
 
 
 def test_the_seed_alone_decides_the_start(finished):
-    _, _, content = finished
+    out, _, content = finished
     starts = np.array([[curve[0] for curve in row["test_accuracy"]] for row in content["results"]])
     assert (starts == starts[0]).all(), "an adapter starts as a no-op, so every method starts from the same accuracy"
-    assert starts[0, 0] != starts[0, 1], "each seed draws its own head"
+    task = Digits(model=str(out / quickstart.PRETRAINED))
+    (head, body), (other_head, other_body) = (
+        (params.pop("classifier")["kernel"], params)
+        for params in (task.build(make_mesh("data=8"), None, seed).params for seed in SETTINGS.seeds)
+    )
+    assert (np.asarray(head) != np.asarray(other_head)).all(), "each seed draws its own head"
+    jax.tree.map(np.testing.assert_array_equal, body, other_body)
 
 
 def test_the_counts_are_those_of_the_kernels(finished):
