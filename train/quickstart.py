@@ -200,8 +200,8 @@ def merged_difference(
     model.save_pretrained(folder, params=pj.merge(params, adapters, config), safe_serialization=True)
     merged_model, merged_params = hf.load(folder, "image-classification")
     with jax.default_matmul_precision("highest"):
-        adapted = pj.adapt(functools.partial(logits_of, model), config)(adapters, params, images)
-        merged = logits_of(merged_model, merged_params, images)
+        adapted = jax.jit(pj.adapt(functools.partial(logits_of, model), config))(adapters, params, images)
+        merged = jax.jit(functools.partial(logits_of, merged_model))(merged_params, images)
     return float(jnp.max(jnp.abs(adapted - merged)))
 
 

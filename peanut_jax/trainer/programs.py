@@ -19,6 +19,8 @@ from peanut_jax.trainer.rows import Rows
 from peanut_jax.trainer.tasks.base import Task
 from peanut_jax.training import TrainState
 
+AHEAD = 2  # batches that are sent off before the first of them is done
+
 
 class Programs(NamedTuple):
     """The compiled parts of a run, which runs that differ in their seeds alone can share.
@@ -72,8 +74,11 @@ def compile_programs(run: Run, task: Task, state: TrainState) -> Programs:
 
 def evaluate(programs: Programs, adapters: PyTree, params: PyTree, rows: Rows, batch_size: int) -> dict[str, float]:
     """The mean of each metric over all rows, by the weights of their labels."""
-    batches = in_order(rows, batch_size=batch_size, sharding=batch_sharding(mesh_of(params)))
-    parts = [programs.sums(adapters, params, batch) for batch in batches]
+    parts: list[dict[str, jax.Array]] = []
+    for batch in in_order(rows, batch_size=batch_size, sharding=batch_sharding(mesh_of(params))):
+        parts.append(programs.sums(adapters, params, batch))
+        if len(parts) > AHEAD:  # or the device would hold the batches of the whole evaluation
+            jax.block_until_ready(parts[-1 - AHEAD])
     totals = jax.tree.map(lambda *values: float(np.sum(jax.device_get(values), dtype=np.float64)), *parts)
     weight = totals.pop("weight")
     return {name: value / weight for name, value in totals.items()}

@@ -13,12 +13,11 @@ import optax
 from peanut_jax.trainer.config import Loop, Run
 from peanut_jax.trainer.distributed import is_first
 from peanut_jax.trainer.guard import leaf_name
+from peanut_jax.trainer.programs import AHEAD
 from peanut_jax.trainer.progress import Meter, progress
 from peanut_jax.trainer.recorder import Recorder
 from peanut_jax.trainer.tasks.base import Task
 from peanut_jax.training import TrainState
-
-_AHEAD = 2  # steps that are sent off before the first of them is done
 
 
 @contextlib.contextmanager
@@ -61,8 +60,8 @@ class Watch:
         """A step was sent off; `units` are its tokens or examples."""
         self.block.append((step, metrics))
         self.units += units
-        if len(self.block) > _AHEAD:  # or the device would hold the batches of a whole block
-            jax.block_until_ready(self.block[-1 - _AHEAD][1])
+        if len(self.block) > AHEAD:  # or the device would hold the batches of a whole block
+            jax.block_until_ready(self.block[-1 - AHEAD][1])
 
     def log(self, state: TrainState) -> None:
         """Waits for the steps of this block, writes down their means, and begins the next block.
