@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from benchmarks.timing import alternate, median_ratio
+from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.generate import generate
 from peanut_jax.models.loading import load_decoder
 
@@ -31,7 +33,26 @@ def random_llama(folder: Path, args: argparse.Namespace) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def main() -> None:
+def torch_generate(reference: Any, prompts: np.ndarray, args: argparse.Namespace) -> list[list[int]]:
+    tokens = torch.from_numpy(prompts)
+    out = reference.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.new_tokens, do_sample=False,
+        num_beams=args.beams, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return out[:, args.prompt_tokens :].tolist()
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Decoder, Any]:
+    """The checkpoint in torch, and in the decoder with its parameters."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.model or Path(temporary)
+        if args.model is None:
+            random_llama(folder, args)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return reference, *load_decoder(folder, jnp.float32, scan_layers=False)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Llama checkpoint instead of a random one")
     parser.add_argument("--batch", type=int, default=8)
@@ -42,39 +63,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.model or Path(temporary)
-        if args.model is None:
-            random_llama(folder, args)
-        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        model, params = load_decoder(folder, jnp.float32, scan_layers=False)
+
+def main() -> None:
+    args = _arguments()
+    reference, model, params = load(args)
     prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (args.batch, args.prompt_tokens))
+    options = {"max_new_tokens": args.new_tokens, "num_beams": args.beams}
     answers: dict[str, list[list[int]]] = {}
 
     def ours() -> None:
-        options = {"max_new_tokens": args.new_tokens, "num_beams": args.beams}
         answers["peanut_jax"] = generate(model, params, prompts.tolist(), **options)
 
     def theirs() -> None:
-        tokens = torch.from_numpy(prompts)
-        out = reference.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.new_tokens, do_sample=False,
-            num_beams=args.beams, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        answers["torch"] = out[:, args.prompt_tokens :].tolist()
+        answers["torch"] = torch_generate(reference, prompts, args)
 
     seconds = alternate({"peanut_jax": ours, "torch": theirs}, args.repeats)
-    tokens = args.batch * args.new_tokens
-    same = np.mean([ours == theirs for ours, theirs in zip(answers["peanut_jax"], answers["torch"], strict=True)])
+    pairs = zip(answers["peanut_jax"], answers["torch"], strict=True)
+    same = np.mean([own == its for own, its in pairs])
     for name, values in seconds.items():
         record = {
             "who": name,
             "batch": args.batch,
             "beams": args.beams,
             "parameters": sum(parameter.numel() for parameter in reference.parameters()),
-            "tokens_per_second": tokens / float(np.median(values)),
+            "tokens_per_second": args.batch * args.new_tokens / float(np.median(values)),
             "speed_over_torch": 1 / median_ratio(values, seconds["torch"]),
             "rows_that_agree": float(same),
         }

@@ -25,26 +25,26 @@ parameters, the batch and the state alone.
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 
 import peanut_jax as pj
-from peanut_jax import hlo
+from benchmarks.moves import SCOPE, Move, moves
 from peanut_jax.methods.base import Method
 from peanut_jax.methods.peanut import ORIENTATIONS
 from peanut_jax.models.decoder import CHUNK, Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, from_hf
-from peanut_jax.plan import device_bytes
+from peanut_jax.plan import device_bytes, program_of
 from peanut_jax.sharding import (
     batch_sharding,
     batch_shards,
@@ -60,9 +60,6 @@ from peanut_jax.training import LossFn, make_train_step
 
 # With down_proj, whose rows are on `tensor`, kernels of both cuts.
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "roberta": ["query", "value"]}
-OWNERS = ("model", "tweaker", "optimizer")
-# A scope around the loss: what lies in it is the model's. A constraint stands outside it.
-_SCOPE = "the_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,33 +70,6 @@ class Case:
     params: PyTree
     batch: PyTree
     targets: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """One array in a collective, on one device; the fields are those of `hlo.Collective`.
-
-    Attributes:
-        axes: Of the mesh, along which the places of a group differ.
-        owner: One of `OWNERS`; several joined by "+" where XLA does not say which array is whose.
-    """
-
-    kind: str
-    shape: str
-    bytes: int
-    times: int
-    group_size: int
-    axes: tuple[str, ...]
-    owner: str
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return hlo.dims(self.shape)
-
-    @property
-    def traffic(self) -> int:
-        """Bytes a step."""
-        return self.bytes * self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +117,7 @@ def compiled_step(case: Case, adapter: Method, *, constrained: bool = True) -> t
     tx = optax.adamw(1e-3)
 
     def loss_fn(params, batch, key):
-        with jax.named_scope(_SCOPE):
+        with jax.named_scope(SCOPE):
             return case.loss_fn(params, batch, key)
 
     state = state_shapes(case.params, adapter, tx)
@@ -163,54 +133,17 @@ def compiled_step(case: Case, adapter: Method, *, constrained: bool = True) -> t
 def cost(case: Case, adapter: Method, *, constrained: bool = True, dtype: str = "float32") -> Cost:
     """What the train step takes on one device; see the head of this file for `dtype`."""
     compiled, state = compiled_step(case, adapter, constrained=constrained)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None  # of a CPU they are known
-    assert text is not None
+    text, temporary = program_of(compiled)
     half = 2 if dtype == "bfloat16" else 1
     return Cost(
         params=device_bytes(case.params) // half,
         state=device_bytes(state),
-        temporary=memory.temp_size_in_bytes // half,
+        temporary=temporary // half,
         moves=tuple(
             dataclasses.replace(move, bytes=move.bytes // (half if move.owner == "model" else 1))
             for move in moves(text, mesh_of(case.params))
         ),
     )
-
-
-def moves(program: str, mesh: Mesh) -> Iterator[Move]:
-    """The collectives of a compiled program, one for each array that they move."""
-    for one in hlo.collectives(program):
-        names = op_names(one.op_name)
-        sizes = [math.prod(hlo.dims(shape)) for shape in one.shapes]
-        owners = [owner(name) for name in names]
-        if len(owners) != len(sizes):
-            owners = ["+".join(sorted(set(owners)))] * len(sizes)
-        for shape, size, whose in zip(one.shapes, sizes, owners, strict=True):
-            part = one.bytes * size // sum(sizes)
-            yield Move(one.kind, shape, part, one.times, one.group_size, axes_of(one.groups, mesh), whose)
-
-
-def axes_of(groups: Sequence[Sequence[int]], mesh: Mesh) -> tuple[str, ...]:
-    """The axes of the mesh along which the places of a group differ; a program's devices are in the mesh's order."""
-    places = np.stack(np.unravel_index(np.array(groups), mesh.devices.shape), axis=-1)  # group, member, axis
-    differ = (places != places[:, :1]).any(axis=(0, 1))
-    return tuple(name for name, on in zip(mesh.axis_names, differ, strict=True) if on)
-
-
-def op_names(merged: str) -> list[str]:
-    """XLA's name of several operations in one, such as "jit(f)/(a:b/c)", as their own: jit(f)/a and jit(f)/b/c."""
-    head, opening, rest = merged.partition("/(")
-    if not opening or not rest.endswith(")"):
-        return merged.split(":")
-    return [f"{head}/{part}" for part in rest[:-1].split(":")]
-
-
-def owner(op_name: str) -> str:
-    """Whose an operation of the train step is, by its name."""
-    if _SCOPE in op_name or "sharding_constraint" in op_name:
-        return "model"
-    return "tweaker" if "jvp(" in op_name else "optimizer"
 
 
 def summary(found: Cost) -> dict[str, Any]:
@@ -263,7 +196,7 @@ def _report(head: dict[str, Any], found: Cost, lora: Cost | None, brief: bool) -
     print(json.dumps(record), flush=True)
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mesh", nargs="+", default=["data=2,fsdp=2,tensor=2"], help="one or several of one size")
     parser.add_argument("--model", choices=sorted(TARGETS), default="llama")
@@ -272,7 +205,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, help="default: 11/4 of the width, of RoBERTa 4")
+    parser.add_argument("--intermediate", type=int, help="default: 11/4 of the width, RoBERTa's: 4")
     parser.add_argument("--heads", type=int, help="default: one for 64 of the width")
     parser.add_argument("--kv-heads", type=int, help="the decoder's; default: as many as heads")
     parser.add_argument("--vocab", type=int, default=4096)
@@ -282,24 +215,32 @@ def main() -> None:
     parser.add_argument("--unconstrained", action="store_true", help="the step without `constrain` as well")
     parser.add_argument("--summary", action="store_true", help="no line for each collective")
     args = parser.parse_args()
-
-    places = {math.prod(mesh_sizes(sizes).values()) for sizes in args.mesh}
-    if len(places) > 1 or min(places) < 1:
+    args.places = {math.prod(mesh_sizes(sizes).values()) for sizes in args.mesh}
+    if len(args.places) > 1 or min(args.places) < 1:
         parser.error(f"the meshes must be of one size, without -1, got {' '.join(args.mesh)}")
+    return args
+
+
+def _compare(case: Case, args: argparse.Namespace, head: dict[str, Any], *, constrained: bool) -> None:
+    """The lines of LoRA and of every PEANuT, on one mesh."""
+    head = {**head, "model": args.model, "constrained": constrained, "dtype": args.dtype}
+    options: dict[str, Any] = {"constrained": constrained, "dtype": args.dtype}
+    lora = cost(case, pj.LoraConfig(r=args.rank, target_modules=case.targets), **options)
+    _report({**head, "method": "lora"}, lora, None, args.summary)
+    for orientation, depth in itertools.product(args.orientation, args.depth):
+        config = pj.PeanutConfig(r=args.rank, depth=depth, orientation=orientation, target_modules=case.targets)
+        own = {**head, "method": "peanut", "orientation": orientation, "depth": depth}
+        _report(own, cost(case, config, **options), lora, args.summary)
+
+
+def main() -> None:
+    args = _arguments()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", *places)
-    peanut = [(orientation, depth) for orientation in args.orientation for depth in args.depth]
+    jax.config.update("jax_num_cpu_devices", *args.places)
     for sizes in args.mesh:
         case = _case(args, make_mesh(sizes))
         for constrained in (True, False) if args.unconstrained else (True,):
-            head = {"mesh": sizes, "model": args.model, "constrained": constrained, "dtype": args.dtype}
-            options: dict[str, Any] = {"constrained": constrained, "dtype": args.dtype}
-            lora = cost(case, pj.LoraConfig(r=args.rank, target_modules=case.targets), **options)
-            _report({**head, "method": "lora"}, lora, None, args.summary)
-            for orientation, depth in peanut:
-                config = pj.PeanutConfig(r=args.rank, depth=depth, orientation=orientation, target_modules=case.targets)
-                own = {**head, "method": "peanut", "orientation": orientation, "depth": depth}
-                _report(own, cost(case, config, **options), lora, args.summary)
+            _compare(case, args, {"mesh": sizes}, constrained=constrained)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def tweaker_dots_in_loops(program: str, rank: int, sides: set[int]) -> int:
     })  # fmt: skip
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="flax-llama")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="full", help="the decoder's")
@@ -179,53 +179,80 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each; 0 to only compile")
     args = parser.parse_args()
-
-    sides = {args.width, args.width * 11 // 4}
-    if args.tokens // args.accumulate in sides:
+    if args.tokens // args.accumulate in kernel_sides(args):
         parser.error(
             "a microbatch of as many tokens as a kernel has rows hides the tweaker's products: change --tokens"
         )
+    return args
+
+
+def kernel_sides(args: argparse.Namespace) -> set[int]:
+    """Rows and columns of the adapted kernels."""
+    return {args.width, args.width * 11 // 4}
+
+
+def configs(args: argparse.Namespace) -> dict[str, Method]:
+    """Method -> its config: LoRA, and what is compared with it."""
+    lora = pj.LoraConfig(r=args.rank, target_modules=TARGETS)
+    peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
+    return {"lora": lora} if args.method == "lora" else {"lora": lora, args.method: peanut}
+
+
+def record(method: str, args: argparse.Namespace, trainable: int, step: Any, counted: Any) -> dict[str, Any]:
+    """What the compiled step says of its cost.
+
+    Args:
+        trainable: Number of trained parameters.
+        step: The compiled step.
+        counted: The compiled step whose FLOPs are counted, with the layers unrolled.
+    """
+    return {
+        "method": method,
+        "model": args.model,
+        "remat": args.remat if args.model == "decoder" else None,
+        "tokens": args.tokens,
+        "rank": args.rank,
+        "depth": None if method == "lora" else args.depth,
+        "orientation": None if method == "lora" else args.orientation,
+        "accumulate": args.accumulate,
+        "dtype": args.dtype,
+        "trainable": trainable,
+        "flops": counted.cost_analysis()["flops"],
+        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, kernel_sides(args)),
+    }
+
+
+def over_lora(own: dict[str, Any], lora: dict[str, Any], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """The record with its ratios to LoRA's, and the times where they were taken."""
+    timed = {}
+    if seconds:
+        times = seconds[own["method"]]
+        ratio = median_ratio(times, seconds["lora"])
+        timed = {"median_seconds": float(np.median(times)), "seconds_over_lora": ratio}
+    ratios = {f"{name}_over_lora": own[name] / lora[name] for name in ("flops", "temp_bytes")}
+    return {**own, **timed, **ratios}
+
+
+def main() -> None:
+    args = _arguments()
     loss_fn, params = MODELS[args.model](args)
     unrolled = decoder(args, args.layers)[0] if args.model == "decoder" else None
     tokens = jax.random.randint(jax.random.key(1), (args.tokens // args.seq, args.seq), 0, args.vocab)
-
-    lora = pj.LoraConfig(r=args.rank, target_modules=TARGETS)
-    peanut = pj.PeanutConfig(r=args.rank, depth=args.depth, orientation=args.orientation, target_modules=TARGETS)
-    configs: dict[str, Method] = {"lora": lora} if args.method == "lora" else {"lora": lora, args.method: peanut}
     tx = optax.adamw(1e-3)
     records: dict[str, dict] = {}
     steps = {}
-    for method, config in configs.items():
+    for method, config in configs(args).items():
         state = pj.TrainState.create(pj.init(jax.random.key(0), params, config), tx, jax.random.key(2))
         step = make_step(method, loss_fn, config, tx, args.accumulate).lower(state, params, tokens).compile()
         counted = step
         if unrolled is not None:
             counted = make_step(method, unrolled, config, tx, args.accumulate).lower(state, params, tokens).compile()
+        records[method] = record(method, args, pj.count(state.adapters), step, counted)
         steps[method] = stepping(step, state, params, tokens)
-        records[method] = {
-            "method": method,
-            "model": args.model,
-            "remat": args.remat if args.model == "decoder" else None,
-            "tokens": args.tokens,
-            "rank": args.rank,
-            "depth": None if method == "lora" else args.depth,
-            "orientation": None if method == "lora" else args.orientation,
-            "accumulate": args.accumulate,
-            "dtype": args.dtype,
-            "trainable": pj.count(state.adapters),
-            "flops": counted.cost_analysis()["flops"],
-            "temp_bytes": step.memory_analysis().temp_size_in_bytes,
-            "tweaker_dots_in_loops": tweaker_dots_in_loops(step.as_text(), args.rank, sides),
-        }
     seconds = alternate(steps, args.repeats) if args.repeats else {}
-    for method, record in records.items():
-        reference = records["lora"]
-        if seconds:
-            record["median_seconds"] = float(np.median(seconds[method]))
-            record["seconds_over_lora"] = median_ratio(seconds[method], seconds["lora"])
-        record["flops_over_lora"] = record["flops"] / reference["flops"]
-        record["temp_bytes_over_lora"] = record["temp_bytes"] / reference["temp_bytes"]
-        print(json.dumps(record), flush=True)
+    for own in records.values():
+        print(json.dumps(over_lora(own, records["lora"], seconds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -374,4 +374,7 @@ def _config(args: argparse.Namespace) -> Method:
         fields["target_modules"] = ALL_LINEAR
     if args.config is None:
         return PeanutConfig(**fields)
-    return dataclasses.replace(peft_folder.config_of(read_json(args.config)), **fields)
+    start = peft_folder.config_of(read_json(args.config))
+    if foreign := sorted(fields.keys() - vars(start).keys()):
+        raise ValueError(f"{args.config} holds a {type(start).__name__}, which has no {foreign[0]}")
+    return dataclasses.replace(start, **fields)

@@ -9,7 +9,7 @@ logits, is then counted too low.)
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class Plan:
         state: Bytes of adapters and optimizer.
         batch: Bytes of the batch.
         temporary: Bytes of activations, gathered kernels and all else that lives within the step.
-        flops: Of the matrix products, what is recomputed included.
+        flops: FLOPs of the matrix products, what is recomputed included.
         collectives: Every collective, at the bytes that the real dtype moves.
         trainable: Parameters of the adapters, over all devices.
     """
@@ -136,10 +136,11 @@ def plan(
 
     Args:
         config: The model.
-        mesh: Of CPU devices, as many as there will be.
+        mesh: CPU devices, as many as there will be.
         batch_size: Rows of a step over all devices.
         seq_len: Tokens of a row.
-        dtype: "bfloat16" or "float32", of the base and the activations.
+        dtype: Dtype of the base and the activations, "bfloat16" or "float32".
+        accumulate_steps: Microbatches of a step.
 
     Raises:
         ValueError: sizes that do not divide over the mesh, as `sharding.param_shardings`; a bad dtype or batch.
@@ -149,35 +150,46 @@ def plan(
     if accumulate_steps < 1 or seq_len < 1:
         raise ValueError(f"seq_len and accumulate_steps must be at least 1, got {seq_len} and {accumulate_steps}")
     check_batch(batch_size, mesh, accumulate_steps)
-    model = Decoder(config, jnp.dtype("float32"))
     rules = rules_for(config.model_type, scan_layers=config.scan_layers)
-    params = shard(variable_shapes(model), mesh, rules)
-    tx = optax.adamw(1e-3)
+    model, tx = Decoder(config, jnp.dtype("float32")), optax.adamw(1e-3)
+    shapes = variable_shapes(model)
+    params, batch = shard(shapes, mesh, rules), _batch(batch_size, seq_len, mesh)
     state = state_shapes(params, adapter, tx)
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, seq_len), kind, sharding=batch_sharding(mesh))
-        for name, kind in (("tokens", "int32"), ("labels", "int32"), ("weights", "float32"), ("segments", "int32"))
-    }
     loss_fn = language_loss(model, CHUNK * batch_shards(mesh))
     step = sharded_train_step(loss_fn, tx, adapter, state, params, accumulate_steps=accumulate_steps)
-    compiled = step.lower(state, params, batch).compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None  # of a CPU both are known
-    assert memory is not None
+    text, temporary = program_of(step.lower(state, params, batch).compile())
+    kept = shard(_in_dtype(shapes, dtype), mesh, rules)
     half = 2 if dtype == "bfloat16" else 1
-    kept = shard(_in_dtype(variable_shapes(model), dtype), mesh, rules)
     return Plan(
         params=device_bytes(kept),
         state=device_bytes(state_shapes(kept, adapter, tx)),
         batch=device_bytes(batch),
-        temporary=memory.temp_size_in_bytes // half,
+        temporary=temporary // half,
         flops=hlo.dot_flops(text),
-        collectives=tuple(
-            dataclasses.replace(one, bytes=one.bytes // (half if _in_model(one) else 1))
-            for one in hlo.collectives(text)
-        ),
+        collectives=tuple(_collectives(text, half)),
         trainable=sum(leaf.size for leaf in jax.tree.leaves(state.adapters)),
     )
+
+
+def program_of(compiled: jax.stages.Compiled) -> tuple[str, int]:
+    """The compiled program's text, and the bytes of its temporary arrays; XLA:CPU tells both."""
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    return text, memory.temp_size_in_bytes
+
+
+def _batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `language_loss` takes, spread over the mesh."""
+    kinds = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32"}
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((batch_size, seq_len), kind, sharding=sharding) for name, kind in kinds.items()}
+
+
+def _collectives(text: str, half: int) -> Iterator[hlo.Collective]:
+    """The program's collectives; the bytes of what the model computes are divided by `half`."""
+    for one in hlo.collectives(text):
+        yield dataclasses.replace(one, bytes=one.bytes // half) if _in_model(one) else one
 
 
 def _in_model(one: hlo.Collective) -> bool:

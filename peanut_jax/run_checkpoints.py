@@ -5,10 +5,8 @@ checksum of every leaf: a damaged checkpoint is told from a whole one, and from 
 """
 
 import contextlib
-import json
 import logging
 import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from peanut_jax.files.atomic import write_text
+from peanut_jax.run_checkpoint_about import ABOUT, check_about, differences, plain, read_about, write_about
 from peanut_jax.run_checkpoint_leaves import (
-    ABSENT,
     ARRAYS,
     NOTE,
     UNREADABLE,
@@ -36,9 +33,9 @@ from peanut_jax.run_checkpoint_leaves import (
 )
 from peanut_jax.training import TrainState
 
-logger = logging.getLogger(__name__)
+__all__ = ["ABOUT", "Checkpoints", "differences", "read_about"]
 
-ABOUT = "about.json"
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -80,9 +77,9 @@ class Checkpoints:
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}")
         self.folder = Path(folder).absolute()
-        self._about = _plain(about, "about")
+        self._about = plain(about, "about")
         self._best = best
-        self._check_about()
+        check_about(self.folder, self._about)
         with self._reporting("open"):
             keep = _Keep(keep_last, -1 if best_mode == "min" else 1)
             options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
@@ -98,10 +95,10 @@ class Checkpoints:
 
         Args:
             record: What the loop needs to go on besides the state, for JSON: data position, best metric.
-            metrics: Of this step; without them, or where `best` is NaN, it cannot become the best.
+            metrics: This step's; without them, or where `best` is NaN, it cannot become the best.
 
         Raises:
-            ValueError: a record that is no JSON; metrics without `best`; a step older than the newest that is saved.
+            ValueError: a record that is not JSON; metrics without `best`; a step older than the newest that is saved.
             OSError: this save or the one before it could not be written; the older checkpoints are whole.
         """
         if metrics is not None and self._best is not None and self._best not in metrics:
@@ -113,15 +110,9 @@ class Checkpoints:
         if latest is not None and step < latest:
             raise ValueError(f"{self.folder} holds step {latest}, newer than step {step}; save to another folder")
         leaves = named(state)
-        note = sealed(
-            {
-                "leaves": descriptions(leaves),
-                "record": _plain(record, "record"),
-                "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            }
-        )
+        note = _note(leaves, record, metrics)
         with self._reporting("save in"):
-            self._write_about()
+            write_about(self.folder, self._about)
             arrays = ocp.args.PyTreeSave({name: host_copy(leaf) for name, leaf in leaves.items()})
             self._keep.scores[step] = self._score(note)
             self._manager.save(
@@ -143,7 +134,7 @@ class Checkpoints:
         return self._restore(self.steps()[::-1], like)
 
     def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """As `restore`, of the checkpoint with the best metric, and after a damaged one the next best.
+        """As `restore`, for the checkpoint with the best metric, and after a damaged one the next best.
 
         Raises:
             ValueError: as `restore`; these checkpoints were opened without `best`.
@@ -246,38 +237,12 @@ class Checkpoints:
         value = (note["metrics"] or {}).get(self._best)
         return None if value is None or math.isnan(value) else value
 
-    def _check_about(self) -> None:
-        saved = read_about(self.folder)
-        different = [] if saved is None else list(differences(saved, self._about))
-        if different:
-            raise ValueError(f"{self.folder} holds checkpoints of another run (there, here): " + "; ".join(different))
-
-    def _write_about(self) -> None:
-        path = self.folder / ABOUT
-        if jax.process_index() == 0 and not path.exists():
-            write_text(path, json.dumps(self._about, indent=2) + "\n")
-
     @contextlib.contextmanager
     def _reporting(self, what: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore calls a full disk a ValueError
             raise OSError(f"cannot {what} {self.folder}: {_one_line(error)}") from error
-
-
-def read_about(folder: Path) -> dict[str, Any] | None:
-    """What the run is whose checkpoints are in a folder; None where none was saved yet.
-
-    Raises:
-        ValueError: a damaged about.json.
-    """
-    path = folder / ABOUT
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore it or use another folder") from error
 
 
 class _Keep:
@@ -305,6 +270,17 @@ class _Keep:
         return [step in kept for step in steps]
 
 
+def _note(leaves: Mapping[str, Any], record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """What lies beside the arrays of a checkpoint."""
+    return sealed(
+        {
+            "leaves": descriptions(leaves),
+            "record": plain(record, "record"),
+            "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
+        }
+    )
+
+
 def _everywhere(intact: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(intact))))
 
@@ -314,38 +290,6 @@ def _of_first_process(steps: Sequence[int]) -> list[int]:
     count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps), np.int32)))
     padded = np.resize(np.asarray([*steps, 0], np.int32), count)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist()
-
-
-def _plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The mapping as JSON gives it back."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be a mapping for JSON: {error}") from error
-
-
-def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """`dotted.path: value there, value here` for each field of two JSON values that differs; a fingerprint is one."""
-    if there == here:
-        return
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        yield f"{path}: {_short(there)}, {_short(here)}"
-    elif _is_fingerprint(there) and _is_fingerprint(here):
-        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        yield f"{path}: {len(names)} of {len({**there, **here})} kernels differ, the first {names[0]!r}"
-    else:
-        for name in {**there, **here}:
-            dotted = f"{path}.{name}" if path else name
-            yield from differences(there.get(name, ABSENT), here.get(name, ABSENT), dotted)
-
-
-def _is_fingerprint(value: Mapping[str, Any]) -> bool:
-    return bool(value) and all(isinstance(one, str) and re.fullmatch("[0-9a-f]{16}", one) for one in value.values())
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = value if value == ABSENT else json.dumps(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:

@@ -81,10 +81,11 @@ def test_a_pefts_adapter_config_is_read(roberta, tmp_path, capsys):
     file.write_text(json.dumps({"peft_type": "PEANUT", "r": 2, "target_modules": ["key"], "inference_mode": True}))
     _, out, _ = run(capsys, roberta, "--config", file)
     assert out.count("/key/kernel") == 2
-    file.write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    assert run(capsys, roberta, "--config", file)[::2] == (
-        1,
-        f"peanut-jax: {file} must hold a PEANuT config (peft_type 'PEANUT'), found 'LORA'\n",
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["key"]}))
+    code, out, _ = run(capsys, roberta, "--config", file)
+    assert (code, out.count("/key/kernel")) == (0, 2)
+    assert run(capsys, roberta, "--config", file, "--depth", "1")[2].startswith(
+        "peanut-jax: LoraConfig has no field 'depth'"
     )
 
 
@@ -186,6 +187,7 @@ def test_inspect_of_an_adapter(folders, capsys):
 
 def test_merge_refuses_and_overwrites(folders, tmp_path, capsys):
     argv = ["merge", folders / "base", "--adapter", folders / "adapter", "--out", tmp_path]
+    assert command(capsys, *argv)[0] == 0, "an empty folder is free"
     code, out, err = command(capsys, *argv)
     assert (code, out) == (1, "")
     assert err.count("\n") == 1

@@ -80,7 +80,7 @@ def flatten(params: PyTree) -> dict[str, Leaf]:
     Raises:
         ValueError: if it is no mapping of arrays, naming the first leaf that is none.
     """
-    if not isinstance(params, Mapping):
+    if not isinstance(params, (dict, flax.core.FrozenDict)):
         raise ValueError(f"params must be a nested mapping of arrays, got {type(params).__name__}{_hint(params)}")
     flat = flatten_dict(flax.core.unfreeze(params.get(COLLECTION, params)), sep="/")
     flat = {path: leaf for path, leaf in flat.items() if path.rpartition("/")[2] != BOUND}

@@ -9,17 +9,15 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from jaxtyping import Array, PyTree
-
-from peanut_jax.base.kernels import flatten
+from jaxtyping import Array
 
 # id of an array -> (the array, its source); entries go with their arrays.
 _SOURCES: dict[int, tuple[weakref.ref, str]] = {}
 
 
-def note(params: PyTree, source: str) -> None:
-    """Remembers `source`, a folder or hub name, for every array of `params`."""
-    for leaf in flatten(params).values():
+def note(leaves: Mapping[str, Any], source: str) -> None:
+    """Remembers `source`, a folder or hub name, for every array of a flat tree."""
+    for leaf in leaves.values():
         _SOURCES[id(leaf)] = (weakref.ref(leaf, partial(_forget, id(leaf))), source)
 
 

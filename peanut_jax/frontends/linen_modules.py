@@ -101,13 +101,13 @@ def _axes(module: Any, x: Array) -> tuple[Axes, Axes, Axes]:
 
 
 def _check_shapes(update: Update, stack: Axes, d_in: int, d_out: int, kernel: str) -> None:
-    sides = {"in": d_in, "out": d_out}
+    sides = {"in": d_in, "out": d_out}  # and then the sizes of the method's own axes, as the first array has them
     wrong: list[str] = []
 
     def check(axes: tuple[str, ...], array: Array) -> Array:
         fits = array.shape[: len(stack)] == stack and array.ndim == len(stack) + len(axes)
         own = array.shape[len(stack) :]
-        if not fits or any(sides.get(word, size) != size for word, size in zip(axes, own, strict=True)):
+        if not fits or any(sides.setdefault(word, size) != size for word, size in zip(axes, own, strict=True)):
             wrong.append(f"{array.shape} for {[*stack, *(sides.get(word, word) for word in axes)]}".replace("'", ""))
         return array
 

@@ -6,22 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from peanut_jax.files.hub import find, read_json
+from peanut_jax.models.families import FAMILIES
+from peanut_jax.models.families.family import Family, Fields
+from peanut_jax.models.rope import Rope, read_rope
 
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTIONS = ("auto", "cudnn", "xla")
 
-# Model type -> what transformers 4.57 takes for fields that config.json leaves out (models/*/configuration_*.py). Older
-# files leave out what was added to the class later.
-_MISSING: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {
-        "max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128,
-        "attention_bias": False,
-    },
-}  # fmt: skip
-MODEL_TYPES = tuple(_MISSING)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Fields that make it another function, unless they have one of these values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -37,18 +28,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: `type` is "default", "linear" or "llama3"; the last three fields are llama3's."""
-
-    theta: float = 10000.0
-    type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +119,7 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
 def runs(source: str) -> bool:
     """Whether a folder or hub repository holds a model of the decoder's."""
     path = find(source, "config.json", None)
-    return path is not None and read_json(path).get("model_type") in MODEL_TYPES
+    return path is not None and read_json(path).get("model_type") in FAMILIES
 
 
 def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
@@ -149,12 +128,43 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     Raises:
         ValueError: another architecture, a missing field, one that the decoder does not support, by name.
     """
+    model_type, family = _family(fields)
+    _check_supported(fields)
+    known = _with_defaults(fields, family)
+    heads, width, layers = _sizes(known)
+    _check_overrides(overrides)
+    rope, windows, biases = read_rope(known), family.windows(known, layers), family.biases(known)
+    return DecoderConfig(
+        **{
+            "model_type": model_type,
+            **{name: known[name] for name in (*_REQUIRED, "max_position_embeddings")},
+            "num_key_value_heads": known.get("num_key_value_heads", heads),
+            "head_dim": known.get("head_dim") or width // heads,
+            "rms_norm_eps": _float(known.get("rms_norm_eps", 1e-6)),
+            "rope": rope,
+            "windows": windows,
+            "qkv_bias": biases.qkv,
+            "out_bias": biases.out,
+            "mlp_bias": biases.mlp,
+            "qk_norm": family.qk_norm,
+            "tie_word_embeddings": bool(known.get("tie_word_embeddings", False)),
+            **overrides,
+        }
+    )
+
+
+def _family(fields: Fields) -> tuple[str, Family]:
+    """The model type and its family."""
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MISSING:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not one that the decoder runs: {', '.join(_MISSING)}. Encoders and T5 load "
+            f"model_type {model_type!r} is not one that the decoder runs: {', '.join(FAMILIES)}. Encoders and T5 load "
             "with peanut_jax.models.hf.load"
         )
+    return model_type, FAMILIES[model_type]
+
+
+def _check_supported(fields: Fields) -> None:
     if missing := [name for name in _REQUIRED if fields.get(name) is None]:
         raise ValueError(f"{missing[0]} is missing")
     for name, allowed in _NEUTRAL.items():
@@ -163,86 +173,37 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
                 f"{name}={fields[name]!r} is not supported: the model would be another function without it (supported: "
                 f"{', '.join(map(repr, allowed))})"
             )
-    known = {**_MISSING[model_type], **{name: value for name, value in fields.items() if value is not None}}
+
+
+def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
+    """The fields, and the family's defaults for those that are left out or null."""
+    known = {**family.defaults, **{name: value for name, value in fields.items() if value is not None}}
+    # For these two null is a value: no window, and as many heads as queries have.
     if "sliding_window" in fields and fields["sliding_window"] is None:
         known["sliding_window"] = None
     if "num_key_value_heads" in fields and fields["num_key_value_heads"] is None:
         del known["num_key_value_heads"]
-    heads, width, layers = (known[n] for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    for name, value in (("num_attention_heads", heads), ("hidden_size", width), ("num_hidden_layers", layers)):
+    return known
+
+
+def _sizes(known: Fields) -> tuple[int, int, int]:
+    """Heads, width and layers, checked before anything is computed from them."""
+    names = ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    for name in names:
+        value = known[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    heads, width, layers = (known[name] for name in names)
     if known.get("head_dim") is None and width % heads:
         raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads} without a head_dim")
-    # transformers' Mistral has no biases and Qwen2's are fixed, whatever the fields say.
-    bias = model_type in ("llama", "qwen3") and bool(known.get("attention_bias", False))
+    return heads, width, layers
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     if unknown := sorted(overrides.keys() - names):
         raise ValueError(f"{unknown[0]!r} is no field of DecoderConfig; fields: {', '.join(sorted(names))}")
-    return DecoderConfig(
-        **{
-            "model_type": model_type,
-            **{name: known[name] for name in (*_REQUIRED, "max_position_embeddings")},
-            "num_key_value_heads": known.get("num_key_value_heads", heads),
-            "head_dim": known.get("head_dim") or width // heads,
-            "rms_norm_eps": _float(known.get("rms_norm_eps", 1e-6)),
-            "rope": _rope(known),
-            "windows": _windows(model_type, known, layers),
-            "qkv_bias": True if model_type == "qwen2" else bias,
-            "out_bias": False if model_type == "qwen2" else bias,
-            "mlp_bias": model_type == "llama" and bool(known.get("mlp_bias", False)),
-            "qk_norm": model_type == "qwen3",
-            "tie_word_embeddings": bool(known.get("tie_word_embeddings", False)),
-            **overrides,
-        }
-    )
 
 
 def _float(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _rope(known: Mapping[str, Any]) -> Rope:
-    """transformers 4 keeps rope_theta beside rope_scaling; 5 puts both into rope_parameters."""
-    raw = known.get("rope_parameters") or known.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"rope_scaling must be an object, got {raw!r}")
-    given = dict(raw)
-    if given.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']!r} is not supported (supported: 1)")
-    theta = given.pop("rope_theta", known.get("rope_theta", 10000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in needed:
-        raise ValueError(f"rope type {kind!r} is not supported, only {', '.join(needed)}")
-    if missing := [name for name in needed[kind] if name not in given]:
-        raise ValueError(f"rope type {kind!r} needs {missing[0]}")
-    numbers = {"rope_theta": theta, **{name: given[name] for name in needed[kind]}}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return Rope(theta=float(theta), type=kind, **{name: given[name] for name in needed[kind]})
-
-
-def _windows(model_type: str, known: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Mistral's window is every layer's; Qwen's is that of layer_types, or of layers from max_window_layers on."""
-    window = known.get("sliding_window")
-    if model_type == "llama" or window is None:
-        return (None,) * layers
-    if model_type == "mistral":
-        return (window,) * layers
-    if not known.get("use_sliding_window", False):
-        return (None,) * layers
-    types = known.get("layer_types")
-    if types is None:
-        first = known.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    if len(types) != layers or any(one not in ("full_attention", "sliding_attention") for one in types):
-        raise ValueError(
-            f"layer_types must be full_attention or sliding_attention for each of {layers} layers, got {types}"
-        )
-    return tuple(window if one == "sliding_attention" else None for one in types)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peanut_jax.models.decoder_config import MODEL_TYPES
+from peanut_jax.models.families import FAMILIES
 
 # Values that Flax runs as PyTorch does, or a test of the configuration whose docstring describes them.
 Allowed = tuple[Any, ...] | Callable[[Any], bool]
@@ -154,7 +154,7 @@ def check(config: Any, task: str) -> None:
 
 def way_out(model_type: str) -> str:
     """What to do with a checkpoint that the Flax classes cannot run."""
-    if model_type in MODEL_TYPES:
+    if model_type in FAMILIES:
         return f"Load {model_type!r} with peanut_jax.models.loading.load_decoder instead"
     return f"Train {model_type!r} in PyTorch with HF PEFT instead"
 

@@ -13,11 +13,12 @@ from jax.sharding import Mesh, Sharding
 
 from peanut_jax.architectures import Rules, rules_for
 from peanut_jax.base.kernels import COLLECTION, flatten, replace
+from peanut_jax.base.origin import note
 from peanut_jax.base.torch_names import container, tensor_names
 from peanut_jax.files.safetensors import finite
 from peanut_jax.files.torch_checkpoint import Checkpoint, open_checkpoint
 from peanut_jax.models.decoder import Decoder, kept_dtype, variable_shapes
-from peanut_jax.models.decoder_config import read_config
+from peanut_jax.models.decoder_config import DecoderConfig, read_config
 from peanut_jax.sharding.mesh import param_shardings
 
 # Tensors that some checkpoints hold and no model reads: the rotary frequencies are computed.
@@ -68,15 +69,23 @@ def load_decoder(
     leaves = flatten(variable_shapes(model))
     checkpoint = open_checkpoint(source)
     _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
-    shardings: Mapping[str, Sharding] = dict.fromkeys(leaves, jnp.zeros(()).sharding)
-    if mesh is not None:
-        rules = rules_for(config.model_type, scan_layers=config.scan_layers) if rules is None else rules
-        shardings = param_shardings(leaves, mesh, rules)
     arrays = {}
-    for path, leaf in leaves.items():
-        read = partial(_read, checkpoint, path, leaf.shape, jnp.dtype(kept_dtype(path, dtype)))
-        arrays[path] = jax.make_array_from_callback(leaf.shape, shardings[path], _once(read))
+    for path, sharding in _shardings(leaves, config, mesh, rules).items():
+        shape = leaves[path].shape
+        read = partial(_read, checkpoint, path, shape, jnp.dtype(kept_dtype(path, dtype)))
+        arrays[path] = jax.make_array_from_callback(shape, sharding, _once(read))
+    note(arrays, str(source))
     return model, replace({COLLECTION: {}}, arrays)
+
+
+def _shardings(
+    leaves: Mapping[str, Any], config: DecoderConfig, mesh: Mesh | None, rules: Rules | None
+) -> Mapping[str, Sharding]:
+    """Where each leaf goes: over the mesh, or to the default device."""
+    if mesh is None:
+        return dict.fromkeys(leaves, jnp.zeros(()).sharding)
+    rules = rules_for(config.model_type, scan_layers=config.scan_layers) if rules is None else rules
+    return param_shardings(leaves, mesh, rules)
 
 
 def _once(read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:

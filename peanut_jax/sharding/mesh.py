@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from peanut_jax.architectures import Rules
 from peanut_jax.base.kernels import Leaf, flatten, replace
+from peanut_jax.base.origin import carry
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that cut the batch. fsdp cuts the parameters too, which each layer gathers before it runs.
@@ -117,7 +118,9 @@ def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """
     flat = flatten(params)
     shardings = param_shardings(params, mesh, rules)
-    return replace(params, {path: _place(leaf, shardings[path]) for path, leaf in flat.items()})
+    placed = {path: _place(leaf, shardings[path]) for path, leaf in flat.items()}
+    carry(flat, placed)
+    return replace(params, placed)
 
 
 def _place(leaf: Leaf, sharding: NamedSharding) -> Leaf:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import peanut_jax as pj
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from peanut_jax.methods.tweaker import delta
+from peanut_jax.updates import LowRank
 from tests.interop.conftest import scanned
 from tests.interop.test_peft import TASK_TYPES, assert_identical, drawn, torch_copy
 from tests.oracle import bridge
@@ -80,9 +80,9 @@ def test_export_in_bfloat16(family, tmp_path):
     assert np.abs(got - want).max() / np.abs(want).max() < max(3 * rounding, 2**-8)
     exact, full = pj.to_lora(adapters, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), config)
     rounded, _ = pj.to_lora(adapters, params, config)
-    for path, theta in exact.items():
-        update = delta(theta["a"], theta["b"])
-        got = delta(rounded[path]["a"], rounded[path]["b"])
+    for path, theta in exact.theta.items():
+        update = LowRank(theta["a"], theta["b"]).delta()
+        got = LowRank(rounded.theta[path]["a"], rounded.theta[path]["b"]).delta()
         assert float(jnp.abs(got - update).max() / jnp.abs(update).max()) < 2**-6
     assert full.scaling == config.scaling
 
@@ -126,7 +126,8 @@ def test_import_into_a_stack(family, tmp_path):
     (left, right), path = stack["model/layers/self_attn/q_proj/kernel"], "model/layers/{}/self_attn/q_proj/kernel"
     assert left.shape == (2, 32, 4)
     for row in (0, 1):
-        np.testing.assert_allclose(delta(left[row], right[row]), delta(*apart[path.format(row)]), rtol=1e-6, atol=1e-6)
+        got, want = LowRank(left[row], right[row]).delta(), apart[path.format(row)].delta()
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("act_fn", ["relu", "leaky_relu", "gelu", "silu", "softplus", "linear"])
@@ -146,7 +147,7 @@ def test_a_lora_as_the_start_of_a_peanut(family, tmp_path, act_fn, orientation):
     exact, projected = ("up_proj", "down_proj") if orientation == "output" else ("down_proj", "up_proj")
     for path, pair in pj.factors(start, one.params, config).items():
         kernel = one.params["model"]["layers"][path.split("/")[2]][path.split("/")[3]][path.split("/")[4]]["kernel"]
-        want, kernel = np.asarray(delta(*pairs[path]), np.float64), np.asarray(kernel, np.float64)
+        want, kernel = np.asarray(pairs[path].delta(), np.float64), np.asarray(kernel, np.float64)
         if projected in path:
             assert errors[path] > 0.1
             on = kernel if orientation == "output" else kernel.T
@@ -156,7 +157,7 @@ def test_a_lora_as_the_start_of_a_peanut(family, tmp_path, act_fn, orientation):
             assert errors[path] < 1e-4
         else:
             assert errors[path] < 5e-3  # square, so as well conditioned as chance has it
-        np.testing.assert_allclose(delta(*pair), want, rtol=0, atol=5e-3 * np.abs(want).max())
+        np.testing.assert_allclose(pair.delta(), want, rtol=0, atol=5e-3 * np.abs(want).max())
 
 
 def test_the_error_is_the_one_reported(family):
@@ -164,13 +165,14 @@ def test_the_error_is_the_one_reported(family):
     one = family("llama")
     params = scanned(one.params, "model", "layers")
     lora = pj.LoraConfig(r=2, target_modules=["down_proj"])
-    adapters = {path: theta | {"b": jnp.ones_like(theta["b"])} for path, theta in drawn(params, lora).items()}
+    thetas = drawn(params, lora).theta.items()
+    adapters = pj.Adapters({path: theta | {"b": jnp.ones_like(theta["b"])} for path, theta in thetas}, {})
     pairs = pj.factors(adapters, params, lora)
     config = pj.PeanutConfig(r=4, target_modules=["down_proj"])
     start, errors = pj.init_from_factors(pairs, params, config)
     ((path, error),) = errors.items()
-    got = np.asarray(delta(*pj.factors(start, params, config)[path]))
-    want = np.asarray(delta(*pairs[path]))
+    got = np.asarray(pj.factors(start, params, config)[path].delta())
+    want = np.asarray(pairs[path].delta())
     norms = np.linalg.norm(got - want, axis=(1, 2)) / np.linalg.norm(want, axis=(1, 2))
     assert error.shape == (2,)
     np.testing.assert_allclose(error, norms, rtol=1e-4)

@@ -472,8 +472,8 @@ def test_updates_are_computed_as_in_training(sharded, tmp_path, trained_in):
     to_lora_folder(tmp_path / "adapter", sharded, tmp_path / "lora")
     lora, _ = pj.load_adapter(tmp_path / "lora", params)
     want, _ = pj.to_lora(adapters, params, config)
-    for path, theta in want.items():
-        np.testing.assert_allclose(lora[path]["a"], theta["a"], rtol=1e-5, atol=1e-6)
+    for path, theta in want.theta.items():
+        np.testing.assert_allclose(lora.theta[path]["a"], theta["a"], rtol=1e-5, atol=1e-6)
     merge_folders(sharded, [tmp_path / "adapter"], tmp_path / "out")
     pj.export_merged(sharded, tmp_path / "api", adapters, config, params)
     assert contents(tmp_path / "out") == contents(tmp_path / "api")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
 from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE
-from peanut_jax.methods.tweaker import delta
+from peanut_jax.updates import LowRank
 from tests.interop.conftest import scanned
 from tests.oracle import bridge
 
@@ -49,7 +49,7 @@ def test_both_ways(family, tmp_path, name, depth, act_fn):
     for path, layer in bridge.layers(theirs).items():
         update = layer.get_delta_weight("default").detach().numpy().T
         pair = pj.factors(adapters, one.params, config)[path]
-        np.testing.assert_allclose(delta(*pair), update, rtol=0, atol=1e-5 * np.abs(update).max())
+        np.testing.assert_allclose(pair.delta(), update, rtol=0, atol=1e-5 * np.abs(update).max())
     logits = one.logits(pj.merge(one.params, adapters, config))
     np.testing.assert_allclose(logits, one.torch_logits(theirs), rtol=0, atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_scanned_layers(family, tmp_path, orientation):
     updates = pj.factors(adapters, stacked, config)
     for path, pair in pj.factors(apart, one.params, config).items():
         row, path = int(path.split("/")[2]), path.replace("/0/", "/").replace("/1/", "/")
-        np.testing.assert_array_equal(delta(*pair), delta(*(side[row] for side in updates[path])))
+        np.testing.assert_array_equal(pair.delta(), LowRank(*(side[row] for side in updates[path])).delta())
     pj.save_adapter(tmp_path / "apart", apart, config, one.params)
     assert_identical(pj.load_adapter(tmp_path / "apart", stacked)[0], adapters)
     if orientation == "output":
@@ -134,7 +134,7 @@ def test_selections_reach_the_same_modules(family, tmp_path, selection, layout):
     assert_identical(again, adapters)
     loaded = peft.PeftModel.from_pretrained(torch_copy(one), tmp_path)
     apart, config = pj.load_adapter(tmp_path, one.params)
-    assert bridge.layers(loaded).keys() == {path for path, theta in apart.items() if isinstance(theta, dict)}
+    assert bridge.layers(loaded).keys() == apart.theta.keys()
     want = one.logits(pj.merge(one.params, apart, config))
     np.testing.assert_allclose(one.torch_logits(loaded), want, rtol=0, atol=1e-5)
 

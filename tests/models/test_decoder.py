@@ -13,8 +13,11 @@ import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import peanut_jax as pj
+from peanut_jax.architectures import ARCHITECTURES
 from peanut_jax.base.kernels import flatten
-from peanut_jax.models.decoder import empty_cache, fits_cudnn
+from peanut_jax.models import families
+from peanut_jax.models.attention import fits_cudnn
+from peanut_jax.models.cache import empty_cache
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.loading import load_decoder, torch_names
 
@@ -365,6 +368,11 @@ def test_fields_that_a_family_does_not_read():
     assert not from_hf({**FIELDS, "model_type": "qwen2", "num_key_value_heads": 1, "mlp_bias": True}).mlp_bias
     with pytest.raises(ValueError, match=r"windows must be a tuple with one of 1 layers each"):
         from_hf(FIELDS, num_hidden_layers=1)
+
+
+def test_every_family_can_be_sharded_and_adapted():
+    rows = {name for row in ARCHITECTURES if row.rules and row.layer_rules for name in row.model_types}
+    assert rows == set(families.FAMILIES)
 
 
 def test_rope_parameters_of_transformers_5():

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 import peanut_jax as pj
-from peanut_jax.models import generate as module
-from peanut_jax.models.generate import Sampling, filtered, generate
+from peanut_jax.models.generate import Sampling, generate
 from peanut_jax.models.loading import load_decoder
+from peanut_jax.models.sampling import filtered, sample
 from tests.models.test_decoder import build
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
@@ -104,10 +104,10 @@ def test_arrays_are_prompts_too(llama):
 def test_no_recompilation(llama):
     """Prompts, lengths and adapters of one bucket share the compiled loop."""
     _, model, params = llama
-    compiled = module._sample._cache_size()
+    compiled = sample._cache_size()
     for prompts, new in (([[5, 6], [7]], 9), ([[8] * 12, [9]], 16), ([[1] * 16, [2] * 3], 3)):
         generate(model, params, prompts, max_new_tokens=new)
-    assert module._sample._cache_size() == compiled + 1
+    assert sample._cache_size() == compiled + 1
 
 
 def test_sampling(llama):

@@ -132,7 +132,7 @@ def test_two_adapters_at_once(roberta):
     model.add_adapter("second", bridge.peft.PeanutConfig(**second))
     model.base_model.set_adapter(["default", "second"])
     trees = [
-        pj.factors(bridge.thetas(model, name), roberta.params, pj.PeanutConfig(**config))
+        pj.factors(pj.Adapters(bridge.thetas(model, name), {}), roberta.params, pj.PeanutConfig(**config))
         for name, config in (("default", first), ("second", second))
     ]
     logits = logits_with(pj.combine(*trees), roberta)

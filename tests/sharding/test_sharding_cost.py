@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import peanut_jax as pj
-from benchmarks.sharding import TARGETS, axes_of, cost, llama, moves, op_names, owner
+from benchmarks.moves import axes_of, moves, op_names, owner
+from benchmarks.sharding import TARGETS, cost, llama
 from peanut_jax.base.kernels import flatten
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.sharding import make_mesh, shard, state_shardings

@@ -1,0 +1,164 @@
+"""The layers of the decoder as Linen modules: norm, attention, MLP, and the stack of them.
+
+Module names are transformers' (`q_proj` ... `down_proj`), so that target_modules mean the same; the layers are one
+`nn.scan` stack called `layers`. Matrix products take `dtype`; norms, softmax and rotary angles are float32.
+
+References:
+    transformers 4.57, `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_policies
+from jaxtyping import Array, Float
+
+from peanut_jax.models.attention import attend
+from peanut_jax.models.decoder_config import DecoderConfig
+from peanut_jax.models.rope import rotate
+
+# Later than any position: the window of a layer that sees every key.
+_EVERYTHING = np.iinfo(np.int32).max // 2
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return (scale * x.astype(self.dtype)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, positions, mask, window, cache):
+        config = self.config
+        batch, seq, _ = x.shape
+
+        def heads(name: str, count: int) -> Array:
+            y = nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+            return y.reshape(batch, seq, count, config.head_dim)
+
+        q = heads("q_proj", config.num_attention_heads)
+        k = heads("k_proj", config.num_key_value_heads)
+        v = heads("v_proj", config.num_key_value_heads)
+        if config.qk_norm:
+            q = RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(q)
+            k = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(k)
+        q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
+        if cache is not None:
+            keys, values, filled = cache
+            k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), filled, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), filled, axis=1)
+            cache = k, v
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window, config.attention)
+        y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
+        y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
+        return y, cache
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(name: str, width: int, y: Array) -> Array:
+            return nn.Dense(width, use_bias=self.config.mlp_bias, dtype=self.dtype, name=name)(y)
+
+        wide = self.config.intermediate_size
+        gated = nn.silu(dense("gate_proj", wide, x)) * dense("up_proj", wide, x)
+        return dense("down_proj", self.config.hidden_size, gated)
+
+
+class Layer(nn.Module):
+    """Norm, attention, norm, MLP, with residuals."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, positions, mask, window, cache):
+        eps = self.config.rms_norm_eps
+        attention = Attention(self.config, self.dtype, name="self_attn")
+        y, cache = attention(RMSNorm(eps, self.dtype, name="input_layernorm")(x), positions, mask, window, cache)
+        x = x + y
+        x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
+        return x, cache
+
+
+class Layers(nn.Module):
+    """The layers one after the other, `0` to `n - 1`, called as the scanned stack is."""
+
+    config: DecoderConfig
+    dtype: Any
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x, positions, mask, windows, cache):
+        kept = []
+        for i in range(self.config.num_hidden_layers):
+            window = None if windows is None else windows[i]
+            own = None if cache is None else tuple(part[i] for part in cache)
+            x, own = self.layer(self.config, self.dtype, name=str(i))(x, positions, mask, window, own)
+            kept.append(own)
+        return x, None if cache is None else tuple(zip(*kept, strict=True))
+
+
+def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
+    """The layers, rematerialised as the config says, and scanned or one after the other."""
+    layer: Any = Layer
+    if config.remat != "none":
+        policy = checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+    if not config.scan_layers:
+        return Layers(config, dtype, layer)
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0, 0),
+        length=config.num_hidden_layers,
+        unroll=config.unroll,
+    )
+    return scanned(config, dtype)
+
+
+class Model(nn.Module):
+    """Embedding, the layers, the last norm."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
+        self.layers = _stack(config, self.dtype)
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
+
+    def __call__(self, tokens, positions, mask, cache):
+        config = self.config
+        windows = None
+        if any(window is not None for window in config.windows):
+            windows = jnp.array([_EVERYTHING if window is None else window for window in config.windows])
+        layer_cache = None
+        if cache is not None:
+            layer_cache = (cache.keys, cache.values, jnp.broadcast_to(cache.filled, (config.num_hidden_layers,)))
+        x, kept = self.layers(self.embed_tokens(tokens), positions, mask, windows, layer_cache)
+        return self.norm(x), kept
