@@ -7,19 +7,19 @@
 3. Compare them: a table, learning curves and a JSON of both.
 4. Merge the first PEANuT into the checkpoint, load the result from disk, and compare its logits.
 
-`run_of` and `merged_difference` are the two to read: what a training run is made of, and taking the result home.
+`comparison.run_of` and `merged_difference` are the two to read: what a training run is made of, and taking the result
+home.
 """
 
 import argparse
 import dataclasses
 import functools
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
@@ -32,18 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import refuse_foreign, replacing_entries
-from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
-from peanut_jax.sharding import batch_sharding, make_mesh, mesh_of
-from peanut_jax.trainer import Loop, Optimizer, Run, train
-from peanut_jax.trainer.data import batches
-from peanut_jax.trainer.metrics_file import read_metrics
-from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
-from peanut_jax.trainer.tasks.base import Task
+from peanut_jax.trainer import Loop, train
 from train import report
+from train.comparison import Settings, accuracies, result_of, run_of, step_seconds, train_method
 from train.digits import BODY, HEAD, HIGH, LOW, N_CLASSES, Digits, split
 from train.methods import METHODS, Entry
-from train.timing import planned_bytes, seconds_in_turns, stepper
 
 VIT = {
     "image_size": 8,
@@ -61,35 +55,11 @@ LOGIT_TOLERANCE = 1e-4
 JSON, PNG, DRAWN, PRETRAINED, MERGED = "quickstart.json", "quickstart.png", "drawn", "pretrained", "merged"
 RUNS, PRETRAINING = "runs", "pretraining"
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How long and how often to train."""
-
-    seeds: tuple[int, ...]
-    pretrain: Loop
-    adapt: Loop
-
-
 SETTINGS = Settings(
     seeds=(0, 1, 2),
     pretrain=Loop(steps=600, batch_size=32, log_every=60, save_every=600, keep_last=1),
     adapt=Loop(steps=150, batch_size=32, log_every=15, eval_every=15, save_every=150, keep_last=1),
 )
-
-
-def run_of(
-    task: Digits, config: Method, loop: Loop, learning_rate: float, saved_learning_rate: float | None = None
-) -> Run:
-    """A run with Adam that warms up for a tenth of the steps, then decays along a cosine to 0."""
-    assert loop.steps is not None  # as SETTINGS says
-    optimizer = Optimizer(
-        learning_rate=learning_rate,
-        saved_learning_rate=saved_learning_rate,
-        warmup_steps=loop.steps // 10,
-        max_grad_norm=None,
-    )
-    return Run(task=task, adapter=config, optimizer=optimizer, loop=loop)
 
 
 def pretrain(folder: Path, loop: Loop) -> float:
@@ -102,84 +72,6 @@ def pretrain(folder: Path, loop: Loop) -> float:
     adapters, config = pj.load_adapter(folder / RUNS / PRETRAINING / "adapter", model.params)
     model.save_pretrained(folder / PRETRAINED, params=pj.merge(model.params, adapters, config), safe_serialization=True)
     return list(accuracies(folder / RUNS / PRETRAINING).values())[-1]
-
-
-def accuracies(folder: Path) -> dict[int, float]:
-    """Step -> test accuracy, at each evaluation of a run."""
-    return {int(row["step"]): row["eval/accuracy"] for row in read_metrics(folder) if "eval/accuracy" in row}
-
-
-class Trained(NamedTuple):
-    """A method after its training.
-
-    Attributes:
-        programs: What all seeds ran.
-        state: The state before the first step of the last seed.
-        task: The task of the last seed.
-        folders: The runs' folders, one a seed.
-        test_accuracy: Step -> test accuracy, one a seed; at step 0 before any training.
-    """
-
-    entry: Entry
-    programs: Programs
-    state: pj.TrainState
-    task: Task
-    folders: list[Path]
-    test_accuracy: list[dict[int, float]]
-
-
-def train_method(entry: Entry, folder: Path, base_name: str, settings: Settings, progress: Progress) -> Trained:
-    """Trains one method from every seed, with programs that are compiled once.
-
-    Args:
-        folder: Holds the pretrained checkpoint, and takes the runs.
-        base_name: What the adapters record as their base.
-    """
-    bar = progress.add_task(entry.name, total=len(settings.seeds))
-    config = dataclasses.replace(entry.config, base_model_name_or_path=base_name)
-    programs: Programs | None = None
-    folders, curves = [], []
-    for seed in settings.seeds:
-        loop = dataclasses.replace(settings.adapt, seed=seed)
-        digits = Digits(model=str(folder / PRETRAINED))
-        run = run_of(digits, config, loop, entry.learning_rate, entry.saved_learning_rate)
-        task = digits.build(make_mesh(run.mesh), run.rules, seed)
-        state = first_state(run, task)
-        programs = programs or compile_programs(run, task, state)
-        assert task.evaluation is not None
-        start = evaluate(programs, state.adapters, task.params, task.evaluation, loop.batch_size)
-        folders.append(folder / RUNS / re.sub(r"\W+", "-", entry.name.lower()) / f"seed-{seed}")
-        train(run, folders[-1], task=task, programs=programs, quiet=True)
-        curves.append({0: start["accuracy"]} | accuracies(folders[-1]))
-        progress.advance(bar)
-    assert programs is not None  # there is a seed
-    return Trained(entry, programs, state, task, folders, curves)
-
-
-def step_seconds(trained: Sequence[Trained], batch_size: int) -> list[float]:
-    """The time of a train step of each method."""
-
-    def stepper_of(one: Trained) -> Callable[[], None]:
-        sharding = batch_sharding(mesh_of(one.task.params))
-        batch = next(batches(one.task.train, batch_size=batch_size, seed=0, start=0, stop=1, sharding=sharding))
-        return stepper(one.programs.step, one.state, one.task.params, batch)
-
-    return seconds_in_turns([stepper_of(one) for one in trained])
-
-
-def result_of(trained: Trained, seconds: float) -> report.Result:
-    """The method's row of the report, with the time of a step in seconds."""
-    entry = trained.entry
-    return report.Result(
-        method=entry.name,
-        trainable_parameters=pj.count(trained.state.adapters),
-        learning_rate=entry.learning_rate,
-        saved_learning_rate=entry.saved_learning_rate,
-        step_seconds=seconds,
-        step_bytes=planned_bytes(trained.programs.step),
-        eval_steps=list(trained.test_accuracy[0]),
-        test_accuracy=[list(curve.values()) for curve in trained.test_accuracy],
-    )
 
 
 def merged_difference(
@@ -219,7 +111,9 @@ def story(folder: Path, out: Path, settings: Settings, methods: Sequence[Entry],
         pretrained_accuracy = pretrain(folder, settings.pretrain)
         progress.advance(bar)
         base_name = str((out / PRETRAINED).absolute())
-        trained = [train_method(entry, folder, base_name, settings, progress) for entry in methods]
+        trained = [
+            train_method(entry, folder / PRETRAINED, base_name, folder / RUNS, settings, progress) for entry in methods
+        ]
     seconds = step_seconds(trained, settings.adapt.batch_size)
     first = next(one for one in trained if isinstance(one.entry.config, pj.PeanutConfig))
     difference = merged_difference(

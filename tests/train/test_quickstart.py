@@ -14,13 +14,12 @@ from peanut_jax.files.atomic import refuse_foreign, replacing_entries
 from peanut_jax.sharding import make_mesh
 from peanut_jax.trainer import Loop
 from train import quickstart, report
+from train.comparison import Settings, accuracies, run_of
 from train.digits import HIGH, LOW, Digits, Pictures, split, stratified
 from train.methods import METHODS
 from train.timing import seconds_in_turns
 
-SETTINGS = quickstart.Settings(
-    seeds=(0, 1), pretrain=Loop(steps=4, batch_size=8), adapt=Loop(steps=3, batch_size=8, eval_every=2)
-)
+SETTINGS = Settings(seeds=(0, 1), pretrain=Loop(steps=4, batch_size=8), adapt=Loop(steps=3, batch_size=8, eval_every=2))
 SUBSET = tuple(method for method in METHODS if method.name in ("PEANuT, depth 2", "linear probe", "full fine-tuning"))
 
 
@@ -63,7 +62,7 @@ def test_every_seed_of_a_method_is_a_run_of_the_loop(finished):
     assert len(folders) == 1 + len(SUBSET) * len(SETTINGS.seeds)
     folder = out / "runs" / "peanut-depth-2" / "seed-1"
     row = next(row for row in content["results"] if row["method"] == "PEANuT, depth 2")
-    assert list(quickstart.accuracies(folder).values()) == row["test_accuracy"][1][1:]
+    assert list(accuracies(folder).values()) == row["test_accuracy"][1][1:]
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(out / quickstart.PRETRAINED)
 
@@ -126,7 +125,7 @@ def test_all_adapters_have_the_same_size():
 
 def test_a_new_head_must_be_trained():
     with pytest.raises(ValueError, match=r"adapter\.modules_to_save must name the new head 'classifier'"):
-        quickstart.run_of(Digits(model="m"), pj.LoraConfig(r=2), SETTINGS.adapt, 0.1)
+        run_of(Digits(model="m"), pj.LoraConfig(r=2), SETTINGS.adapt, 0.1)
 
 
 def test_the_parts_are_disjoint_stratified_and_fixed():
