@@ -63,6 +63,23 @@ def refuse_foreign(folder: Path, marker: str) -> None:
         raise FileExistsError(f"{folder} is not empty and holds no {marker} of an earlier run; choose another folder")
 
 
+def refuse_filled(path: Path, overwrite: bool, marker: str) -> None:
+    """Refuses an output folder that holds something; with `overwrite`, something else than what `marker` tells.
+
+    Raises:
+        FileExistsError: the path is a file; the folder is not empty, and `overwrite` is false or it lacks the marker.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    if filled and not (path / marker).is_file():
+        raise FileExistsError(
+            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
@@ -75,15 +92,7 @@ def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         FileExistsError: the folder exists and is not empty, and `overwrite` is false or it lacks the marker.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    filled = path.is_dir() and any(path.iterdir())
-    if filled and not overwrite:
-        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
-    if filled and not (path / marker).is_file():
-        raise FileExistsError(
-            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
-        )
+    refuse_filled(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
