@@ -207,7 +207,7 @@ def lora_folder(family, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, r"use_dora=True is not supported"),
+        ({"use_dora": True}, r"magnitude is missing"),
         ({"bias": "all"}, r"bias='all' is not supported"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication=.* is not supported"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' trains on a changed base"),
