@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test lint pytest docs clean
 
-quickstart: $(VENV)/.train
+quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m train.quickstart --out runs/quickstart
 
 test: lint pytest

@@ -1,12 +1,12 @@
 """RoBERTa-base on SST-2, as an example of a classification run.
 
-    python -m train configs/sst2.py --out runs/sst2
+    peanut-jax train configs/sst2.py --out runs/sst2
 
 Model and data come from the Hugging Face hub; `--set task.model=FOLDER --set task.train=FILE.tsv` takes local ones.
 """
 
 import peanut_jax as pj
-from peanut_jax.trainer.config import Classification, Loop, Optimizer, Run
+from peanut_jax.trainer import Classification, Loop, Optimizer, Run
 
 config = Run(
     task=Classification(

@@ -1,12 +1,12 @@
 """A small language model adapted to another text, as an example of a run.
 
-    python -m train configs/stories.py --out runs/stories --set task.model=MODEL --set task.train=train.jsonl
+    peanut-jax train configs/stories.py --out runs/stories --set task.model=MODEL --set task.train=train.jsonl
 
 MODEL is any Llama, Mistral or Qwen folder or hub name; the data JSON lines with the columns `question` and `answer`.
 """
 
 import peanut_jax as pj
-from peanut_jax.trainer.config import LanguageModelling, Loop, Optimizer, Run
+from peanut_jax.trainer import LanguageModelling, Loop, Optimizer, Run
 
 config = Run(
     task=LanguageModelling(model="meta-llama/Llama-3.2-1B", train="train.jsonl", prompt="question", response="answer"),

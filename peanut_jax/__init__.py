@@ -10,6 +10,7 @@ from peanut_jax.interop.fingerprint import fingerprint
 from peanut_jax.interop.lora import from_lora, init_from_factors, to_lora
 from peanut_jax.interop.merged import export_merged
 from peanut_jax.interop.peft import load_adapter, save_adapter
+from peanut_jax.methods.dora import DoraConfig
 from peanut_jax.methods.lora import LoraConfig
 from peanut_jax.methods.peanut import PeanutConfig
 from peanut_jax.methods.subset import SubsetConfig
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapters",
+    "DoraConfig",
     "LoraConfig",
     "LowRank",
     "PeanutConfig",

@@ -28,6 +28,7 @@ from peanut_jax.models import decoder_config, hf
 from peanut_jax.models.loading import decoder_shapes
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
 from peanut_jax.sharding import make_mesh, mesh_sizes
+from peanut_jax.trainer import command as training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands)
     _add_plan(commands)
+    training.add_arguments(
+        _command(
+            commands,
+            "train",
+            training.run,
+            "train an adapter from a config file",
+            "Train what a config file says into a folder: adapters, checkpoints to resume from, metrics and curves. "
+            "Needs peanut-jax[train].",
+        )
+    )
 
     merge = _command(
         commands,

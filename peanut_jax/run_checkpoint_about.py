@@ -71,6 +71,8 @@ def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {len(names)} of {len({**there, **here})} kernels differ, the first {names[0]!r}"
     else:
         for name in {**there, **here}:
+            if there.get(name) is None and here.get(name) is None:
+                continue  # a field that came later, at None, where an older file has none
             dotted = f"{path}.{name}" if path else name
             yield from differences(there.get(name, ABSENT), here.get(name, ABSENT), dotted)
 

@@ -137,6 +137,11 @@ def _sum(parts: Sequence[KernelUpdate]) -> KernelUpdate:
     return LowRank(left, jnp.concatenate([part.right for part in low_rank], axis=-2))
 
 
+def parts(update: Update) -> tuple[Update, ...]:
+    """The updates that a `Sum` is of; any other update itself."""
+    return update.parts if isinstance(update, Sum) else (update,)
+
+
 def map_with_axes(fn: Callable[[tuple[str, ...], Any], Any], update: Any) -> Any:
     """The update with `fn(its axes in words, array)` for each of its arrays."""
     if isinstance(update, Sum):

@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 # The modules whose functions take arrays with shapes. Those whose own checks have to meet a bad argument are not here.
 CHECKED = [f"peanut_jax.{name}" for name in (
-    "methods.activations", "methods.tweaker", "methods.lora", "methods.peanut", "methods.peanut_start", "matrices",
+    "methods.activations", "methods.tweaker", "methods.peanut_start", "matrices",
     "updates", "xla_cpu", "frontends.linen_modules", "base.digest",
 )]  # fmt: skip
 with install_import_hook(CHECKED, "beartype.beartype"):

@@ -31,19 +31,19 @@ class Result:
 
     Attributes:
         method: Its name.
-        trainable_parameters: Of the adapter and the new head together.
-        learning_rate: Peak, of the adapter or the body; 0 where the head alone is trained.
-        head_learning_rate: Peak, of the new head.
-        step_seconds: Of a compiled training step, from `trainers.seconds_in_turns`.
+        trainable_parameters: Number of those of the adapter and the saved modules together.
+        learning_rate: Peak rate.
+        saved_learning_rate: Peak rate of the new head; None for `learning_rate`.
+        step_seconds: Time of a compiled train step, from `timing.seconds_in_turns`.
         step_bytes: Device memory of a training step; see `MEMORY_SOURCE`.
         eval_steps: Optimizer steps taken at each evaluation.
-        test_accuracy: In 0..1, one row a seed, one column an evaluation.
+        test_accuracy: Shares in 0..1, one row a seed, one column an evaluation.
     """
 
     method: str
     trainable_parameters: int
     learning_rate: float
-    head_learning_rate: float
+    saved_learning_rate: float | None
     step_seconds: float
     step_bytes: int | None
     eval_steps: list[int]
@@ -72,12 +72,12 @@ class Report:
         versions: Package -> version.
         device: Kind of the device, as JAX names it.
         device_peak_bytes: The device's own counter at the end, over all that the run did; None where it has none.
-        settings: Of the training, as plain values.
-        pretrained_test_accuracy: On the digits 0-4.
+        settings: How long and how often was trained, as plain values.
+        pretrained_test_accuracy: Accuracy of the pretrained model on the digits 0-4.
         results: One a method.
         merged_method: The method whose adapter was merged.
         merged_largest_logit_difference: Between the merged checkpoint and the adapted model, on the test pictures.
-        seconds: Of the whole run, compilation included.
+        seconds: Time of the whole quickstart, compilation included.
     """
 
     versions: dict[str, str]

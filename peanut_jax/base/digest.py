@@ -23,7 +23,7 @@ def digest(kernel: Float[Array, "*layers d_in d_out"]) -> UInt32[Array, "*layers
     return jnp.stack(sums, axis=-1)
 
 
-def hexadecimal(sums: UInt32[np.ndarray, "2"]) -> str:
+def hexadecimal(sums: UInt32[Array, "2"] | UInt32[np.ndarray, "2"]) -> str:
     """The two sums of a digest as 16 digits."""
     return "".join(f"{int(part):08x}" for part in sums)
 

@@ -31,6 +31,56 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replacing_entries(folder: Path) -> Iterator[Path]:
+    """A new empty folder; when the block ends well, its entries replace those of the same name in `folder`.
+
+    Everything else in `folder` stays, and after an error all of it does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        yield Path(scratch)
+        folder.mkdir(exist_ok=True)
+        for item in Path(scratch).iterdir():
+            earlier = folder / item.name
+            if earlier.is_dir():
+                shutil.rmtree(earlier)
+            item.replace(earlier)
+
+
+def refuse_foreign(folder: Path, marker: str) -> None:
+    """Refuses a folder for results that is not ours to write into.
+
+    Args:
+        folder: Where the results go.
+        marker: The file by which the folder of an earlier run is known.
+
+    Raises:
+        FileExistsError: `folder` is a file, or has content and no `marker`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose a folder that is new, empty or of an earlier run")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise FileExistsError(f"{folder} is not empty and holds no {marker} of an earlier run; choose another folder")
+
+
+def refuse_filled(path: Path, overwrite: bool, marker: str) -> None:
+    """Refuses an output folder that holds something; with `overwrite`, something else than what `marker` tells.
+
+    Raises:
+        FileExistsError: the path is a file; the folder is not empty, and `overwrite` is false or it lacks the marker.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    filled = path.is_dir() and any(path.iterdir())
+    if filled and not overwrite:
+        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
+    if filled and not (path / marker).is_file():
+        raise FileExistsError(
+            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
+        )
+
+
+@contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name at the end, or is removed after an error.
 
@@ -42,15 +92,7 @@ def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         FileExistsError: the folder exists and is not empty, and `overwrite` is false or it lacks the marker.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    filled = path.is_dir() and any(path.iterdir())
-    if filled and not overwrite:
-        raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")
-    if filled and not (path / marker).is_file():
-        raise FileExistsError(
-            f"{path} holds no {marker}, so it was not written here, and is not replaced; remove it first"
-        )
+    refuse_filled(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from peanut_jax.base.kernels import named_conv1d
 from peanut_jax.matrices import float32_dot
-from peanut_jax.updates import Update, map_with_axes
+from peanut_jax.updates import Update, map_with_axes, parts
 
 DROPOUT_RNG = "dropout"
 CONV1D = "FlaxConv1D"  # of HF's GPT-2 alone (transformers 4.57, models/gpt2/modeling_flax_gpt2.py)
@@ -84,7 +84,8 @@ def added(
     flat_y = y.reshape(*y.shape[: y.ndim - len(features)], d_out)
     total = None
     for update, rate in zip(updates, dropout, strict=True):
-        _check_shapes(update, stack, d_in, d_out, kernel)
+        for one in parts(update):
+            _check_shapes(one, stack, d_in, d_out, kernel)
         dropped = _dropout(x, rate, module, kernel) if rate else x
         part = update(as_matrix(dropped.astype(y.dtype)), flat_y, module.precision)
         total = part if total is None else total + part

@@ -20,7 +20,7 @@ from peanut_jax.adapters import factors as factors_of
 from peanut_jax.base.digest import digest, hexadecimal
 from peanut_jax.base.kernels import find, flatten
 from peanut_jax.base.select import saved_paths, select
-from peanut_jax.files.atomic import check_apart
+from peanut_jax.files.atomic import check_apart, refuse_filled
 from peanut_jax.files.hub import local_folder
 from peanut_jax.files.torch_checkpoint import open_base
 from peanut_jax.interop import fingerprint
@@ -52,7 +52,7 @@ def to_lora(
         params: The frozen base that it was trained on.
         config: The adapter's.
         folder: Where to write it, as HF PEFT's LoRA directory (r, lora_alpha = r * scaling).
-        overwrite: Replace a folder that holds an adapter.
+        overwrite: Replace the adapter that the folder holds.
 
     Returns:
         The LoRA as adapters of the same params (saved modules included), and its config.
@@ -97,7 +97,7 @@ def to_lora_folder(
         track: Wraps the list of modules, to show progress.
 
     Raises:
-        FileExistsError: the folder holds an adapter.
+        FileExistsError: the folder is not empty, and `overwrite` is false or it holds no adapter.
         FileNotFoundError, ValueError: an adapter or checkpoint that cannot be read, or that does not fit the other; an
             adapter that is a LoRA already.
     """
@@ -107,8 +107,7 @@ def to_lora_folder(
         raise ValueError(f"{adapter} is a LoRA already")
     checkpoint = open_base(source, fingerprinted=bool(loaded.fingerprint) or not check_base)
     check_apart(Path(folder), checkpoint.folder, local_folder(str(adapter)))
-    if (Path(folder) / CONFIG_FILE).exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds an adapter; give another folder, or overwrite=True (--overwrite)")
+    refuse_filled(Path(folder), overwrite, CONFIG_FILE)
     places = locate(checkpoint, loaded)
     base_checked = check_base and loaded.config.READS_BASE
     if base_checked:
@@ -145,8 +144,7 @@ def from_lora(folder: str | Path, params: PyTree) -> dict[str, LowRank]:
     """
     loaded = read(folder)
     if loaded.config.READS_BASE or not loaded.config.ADAPTS_KERNELS:
-        kind = type(loaded.config).__name__.removesuffix("Config")
-        raise ValueError(f"{folder} holds a {kind}, not a LoRA; load_adapter reads it")
+        raise ValueError(f"{folder} holds a {loaded.config.NAME}, not a LoRA; load_adapter reads it")
     if loaded.saved:
         raise ValueError(
             f"{folder} holds saved modules ({next(iter(loaded.saved))!r}), which factors have no place for; "

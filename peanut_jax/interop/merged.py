@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from peanut_jax.adapters import Adapters, check
+from peanut_jax.adapters import Adapters, check, check_adapters
 from peanut_jax.base import torch_names as names
 from peanut_jax.files.atomic import check_apart, new_folder
 from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
@@ -80,6 +80,8 @@ def export_merged(
     """
     trees = [adapters] if isinstance(adapters, Adapters) else list(adapters)
     configs = list(config) if isinstance(config, Sequence) else [config]
+    for tree in trees:
+        check_adapters(tree)
     if len(trees) != len(configs) or not trees:
         raise ValueError(f"adapters and config must be as many: got {len(trees)} and {len(configs)}")
     loaded = {}

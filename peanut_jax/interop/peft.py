@@ -40,11 +40,11 @@ def save_adapter(
     the kernels from.
 
     Args:
-        folder: Appears whole or not at all.
+        folder: Made where it does not exist.
         adapters: From `init` or training. Layers of an `nn.scan` stack become modules of their own.
         config: The adapter's.
         params: The frozen base that it was trained on.
-        overwrite: Replace a folder that holds an adapter.
+        overwrite: Replace the adapter that the folder holds; other files in it stay.
 
     With several processes all call it, and the first one writes.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from peanut_jax.files.atomic import new_folder
+from peanut_jax.files.atomic import refuse_filled, replacing_entries, write_text
 from peanut_jax.files.hub import local_folder, read_json
 from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
 from peanut_jax.interop.peft_types import PeftType, type_named, type_of
@@ -68,13 +68,13 @@ class ModuleAdapters:
 
 
 def write(folder: str | Path, adapter: ModuleAdapters, *, overwrite: bool = False) -> None:
-    """Writes the two files into a new folder, which appears whole or not at all.
+    """Writes the two files; each appears under its name once it is whole, and other files in the folder stay.
 
     Args:
-        overwrite: Replace a folder that holds an adapter.
+        overwrite: Replace the adapter that the folder holds.
 
     Raises:
-        FileExistsError: as `files.atomic.new_folder`.
+        FileExistsError: as `files.atomic.refuse_filled`.
         NotImplementedError: a method that has no such form.
     """
     row = type_of(adapter.config)
@@ -90,9 +90,12 @@ def write(folder: str | Path, adapter: ModuleAdapters, *, overwrite: bool = Fals
     metadata = {FINGERPRINT_KEY: json.dumps(adapter.fingerprint)} if adapter.fingerprint else {}
     metadata |= {DTYPE_KEY: adapter.base_dtype} if adapter.base_dtype else {}
     text = json.dumps(_fields(adapter.config, row), indent=2, sort_keys=True) + "\n"
-    with new_folder(Path(folder), overwrite, CONFIG_FILE) as temporary:
+    folder = Path(folder)
+    refuse_filled(folder, overwrite, CONFIG_FILE)
+    with replacing_entries(folder) as temporary:
         write_tensors(temporary / WEIGHTS_FILE, tensors, metadata)
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_text(temporary / CONFIG_FILE, text)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)  # so that a crash leaves no old config beside new weights
 
 
 def read(folder: str | Path) -> ModuleAdapters:
@@ -120,7 +123,7 @@ def read(folder: str | Path) -> ModuleAdapters:
     try:
         if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
             raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
-        thetas, kept = _thetas(tensors, type_named(fields))
+        thetas, kept = _thetas(tensors, type_named(fields), config)
         own_fields = _check_shapes(thetas, config, fields)
         prints = _fingerprint(metadata)
     except ValueError as error:
@@ -197,10 +200,10 @@ def _lora_scaling(fields: Mapping[str, Any], r: Any, alpha: Any) -> float:
 
 
 def _thetas(
-    tensors: Mapping[str, np.ndarray], row: PeftType
+    tensors: Mapping[str, np.ndarray], row: PeftType, config: Method
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Thetas by module, and the tensors of saved modules."""
-    patterns = row.patterns()
+    patterns, leaves = row.patterns(), config.leaves()
     parts: dict[str, dict[str, dict[int | None, np.ndarray]]] = {}
     kept = {}
     for name, tensor in tensors.items():
@@ -216,6 +219,8 @@ def _thetas(
             continue
         leaf, match = found
         number = int(match["i"]) if "i" in match.groupdict() else None
+        if leaf in leaves and tensor.ndim != len(leaves[leaf].axes) - (number is not None):
+            raise ValueError(f"tensor {name!r} of shape {tensor.shape} is not one of a {row.name} adapter")
         module = parts.setdefault(match["module"], {}).setdefault(leaf, {})
         if number in module:
             raise ValueError(f"tensor {name!r} is there twice, under two spellings of its number")
@@ -266,11 +271,12 @@ def _check_shapes(
 
 def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
     """(d_in, d_out) of the kernel that a theta is for, as the axes of its arrays say; 0 for a side that none has."""
-    found = {"in": 0, "out": 0}
+    found: dict[str, int] = {}
     for name, leaf in config.leaves().items():
         if name in theta and theta[name].ndim == len(leaf.axes):
-            found |= {word: size for word, size in zip(leaf.axes, theta[name].shape, strict=True) if word in found}
-    return found["in"], found["out"]
+            for word, size in zip(leaf.axes, theta[name].shape, strict=True):
+                found.setdefault(word, size)
+    return found.get("in", 0), found.get("out", 0)
 
 
 def _own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:

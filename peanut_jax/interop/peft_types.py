@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peanut_jax.methods.base import Method
+from peanut_jax.methods.dora import DoraConfig
 from peanut_jax.methods.lora import LoraConfig
 from peanut_jax.methods.peanut import PeanutConfig
 from peanut_jax.methods.subset import SubsetConfig
@@ -54,6 +55,7 @@ _NONLINEAR_LORA = {leaf: f"nonlinear_{name}" for leaf, name in _LORA.items()}
 TYPES: tuple[PeftType, ...] = (
     PeftType("PEANUT", PeanutConfig, _PEANUT, {"orientation": "output"}),
     PeftType("LORA", LoraConfig, _LORA, {"act_fn": "linear"}, {"use_dora": False}, is_lora=True),
+    PeftType("LORA", DoraConfig, {**_LORA, "magnitude": "lora_magnitude_vector"}, {}, {"use_dora": True}, is_lora=True),
     PeftType("PEANUT_INPUT", PeanutConfig, _PEANUT, {"orientation": "input"}, known_to_peft=False),
     PeftType("NONLINEAR_LORA", LoraConfig, _NONLINEAR_LORA, known_to_peft=False),
     PeftType("SUBSET", SubsetConfig, {}, known_to_peft=False),

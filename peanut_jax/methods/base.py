@@ -146,9 +146,11 @@ class Method(AdapterConfig, abc.ABC):
     """A config that says what becomes of each kernel. Subclass it in a file of its own; nothing else asks which it is.
 
     Attributes:
+        NAME: What people call it.
         READS_BASE: Whether the update is a function of the frozen kernel too, and so belongs to one base alone.
     """
 
+    NAME: ClassVar[str]
     READS_BASE: ClassVar[bool] = True
 
     @abc.abstractmethod

@@ -1,7 +1,7 @@
 """Checks of a config's fields, which name the field, the value and what is allowed."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -42,7 +42,7 @@ def scale(name: str, value: Any) -> float:
     Raises:
         ValueError: anything else.
     """
-    if not is_real(value) or not math.isfinite(value) or not value > 0:
+    if not is_real(value) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     if not _SMALLEST <= value <= _LARGEST:
         raise ValueError(

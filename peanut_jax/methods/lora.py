@@ -32,6 +32,7 @@ class LoraConfig(RankMethod):
         arXiv:2106.09685, section 4.1; arXiv:2410.01870v3, table 5.
     """
 
+    NAME: ClassVar[str] = "LoRA"
     READS_BASE: ClassVar[bool] = False
 
     act_fn: str = "linear"

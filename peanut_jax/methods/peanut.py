@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 from jaxtyping import Array, Float
 
@@ -37,6 +38,8 @@ class PeanutConfig(RankMethod):
     References:
         arXiv:2410.01870v3, sections 3.1 and 3.2; `peft/tuners/peanut/config.py` of huggingface/peft 0.21.2.
     """
+
+    NAME: ClassVar[str] = "PEANuT"
 
     depth: int = 0
     act_fn: str = "relu"

@@ -25,6 +25,7 @@ class SubsetConfig(Method):
         {}
     """
 
+    NAME: ClassVar[str] = "subset"
     ADAPTS_KERNELS: ClassVar[bool] = False
     READS_BASE: ClassVar[bool] = False
 

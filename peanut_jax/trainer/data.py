@@ -4,9 +4,8 @@ The rows of step s are a function of s and the seed alone, so that a resumed run
 processes.
 """
 
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -14,20 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from peanut_jax.sharding import check_batch
+from peanut_jax.trainer.rows import WEIGHTS, Row, Rows
 
-Row = Mapping[str, np.ndarray]
 Batch = dict[str, jax.Array]
-# The leaf that every row has: how much each of its labels counts, a scalar or one for each token.
-WEIGHTS = "weights"
 _THREADS, _AHEAD = 2, 4
-
-
-class Rows(Protocol):
-    """Rows by index, made when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Row: ...
 
 
 def batches(
@@ -37,7 +26,7 @@ def batches(
 
     Args:
         batch_size: Rows of a step over all processes.
-        sharding: Of the batch; the rows of this process's devices are read and no others.
+        sharding: Sharding of the batch; the rows of this process's devices are read and no others.
 
     Raises:
         ValueError: no rows.
@@ -106,15 +95,6 @@ def placed(local: Row, mine: list[int], batch_size: int, sharding: NamedSharding
 
 def _stacked(rows: list[Row]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def identity(rows: Rows) -> dict[str, int]:
-    """Enough to tell other data: the number of rows, and a checksum of the first, the middle and the last."""
-    total = 0
-    for i in (0, len(rows) // 2, len(rows) - 1):
-        for name, value in sorted(rows[i].items()):
-            total = zlib.crc32(name.encode() + np.ascontiguousarray(value).tobytes(), total)
-    return {"rows": len(rows), "checksum": total}
 
 
 class _Source:

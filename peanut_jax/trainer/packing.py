@@ -14,7 +14,7 @@ def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     Args:
         examples: (prompt, response) token ids; an empty prompt for plain text. The response should end with the
             end-of-sequence token.
-        length: Of a row. A longer example is cut, which is an error if nothing of its response is left.
+        length: Tokens of a row. A longer example is truncated, which is an error if nothing of its response is left.
 
     Returns:
         [rows, length] arrays: `tokens`; `labels`, the token that follows each; `weights`, 1 where that is one of a

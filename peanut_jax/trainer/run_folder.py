@@ -16,9 +16,9 @@ import jax
 from filelock import FileLock, Timeout
 
 import peanut_jax as pj
+from peanut_jax.files.atomic import write_text
 
 RUN, LOCK, HOLDER = "run.json", ".lock", ".holder"
-_SCRATCH = ".run.json.tmp"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -29,7 +29,7 @@ def open_run(folder: Path, *, resume: bool) -> Iterator[Path]:
     The lock is the kernel's and ends with the process, however that ends: a killed run can be resumed at once.
 
     Args:
-        folder: Of the run; created with its parents where there is none yet.
+        folder: The run's; created with its parents where there is none yet.
         resume: Whether an earlier run in `folder` goes on. A folder that holds a `run.json` holds a run.
 
     Yields:
@@ -60,16 +60,20 @@ def _refuse_foreign(folder: Path, resume: bool) -> None:
         return
     if resume:
         raise ValueError(f"{folder} holds no run to resume; leave --resume out to start one")
-    # A run that was killed before it wrote its run.json leaves no more than these.
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, HOLDER, _SCRATCH}:
+    if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {RUN} of a run; choose a folder that is new or empty")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run that was killed before it wrote its run.json may have left a file of this name."""
+    return name in (LOCK, HOLDER) or name.startswith(f".{RUN}.")
 
 
 def _locked(folder: Path) -> FileLock:
     lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
-    except Timeout:  # an OSError too, but no failure to write
+    except Timeout:  # an OSError too, but not a failure to write
         holder = folder / HOLDER
         who = holder.read_text() if holder.exists() else "unknown process"
         raise ValueError(f"{folder} is in use by another run ({who}); stop it or choose another folder") from None
@@ -99,12 +103,7 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_run(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes `run.json` whole or not at all: by it the folder counts as a run's."""
-    scratch = folder / _SCRATCH
-    with scratch.open("w") as file:
-        file.write(json.dumps(description, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name without the content
-    scratch.replace(folder / RUN)
+    write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

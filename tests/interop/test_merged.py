@@ -193,7 +193,7 @@ def test_an_adapter_of_the_base_on_a_checkpoint_with_a_head(family, tmp_path):
     _, params = hf.load(one.folder, "base")
     config = pj.PeanutConfig(r=3, target_modules=["query"], init_weights=False)
     adapters = drawn(params, config)
-    assert next(iter(adapters)).startswith("encoder/")
+    assert next(iter(adapters.theta)).startswith("encoder/")
     pj.export_merged(one.folder, tmp_path / "out", adapters, config)
     on_head = pj.Adapters({f"bert/{path}": theta for path, theta in adapters.theta.items()}, {})
     want = one.logits(pj.merge(one.params, on_head, config))
@@ -391,10 +391,11 @@ def test_an_adapter_of_another_architecture(family, case):
 def test_an_adapter_of_another_width(case):
     source, _, out = case
     config = pj.PeanutConfig(r=2, target_modules=["query"])
-    adapters = {
+    thetas = {
         f"bert/encoder/layer/{i}/attention/self/query/kernel": {"a": jnp.ones((64, 2)), "b": jnp.ones((2, 64))}
         for i in range(2)
     }
+    adapters = pj.Adapters(thetas, {})
     with pytest.raises(ValueError, match=r"is \[32, 32\] in the checkpoint, for which a must be \(32, 2\)"):
         pj.export_merged(source, out, adapters, config)
 
@@ -428,7 +429,9 @@ def test_a_prefix_that_is_not_certain(case, tmp_path):
     save_file({f"{tower}.layers.0.q.weight": kernel for tower in ("text", "vision")}, two / "model.safetensors")
     theta = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}
     with pytest.raises(ValueError, match=r"could be 'text\.layers\.0\.q' or 'vision\.layers\.0\.q'"):
-        pj.export_merged(two, out, {"layers/0/q/kernel": theta}, pj.PeanutConfig(r=2, target_modules=["q"]))
+        pj.export_merged(
+            two, out, pj.Adapters({"layers/0/q/kernel": theta}, {}), pj.PeanutConfig(r=2, target_modules=["q"])
+        )
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
@@ -446,7 +449,8 @@ def test_tied_heads(tmp_path, saved):
 def test_saved_modules_without_a_place(case):
     source, _, out = case
     query = "bert/encoder/layer/0/attention/self/query/kernel"
-    adapters = {query: {"a": jnp.ones((32, 2)), "b": jnp.ones((2, 32))}, "bert/encoder/extra/scale": jnp.ones(3)}
+    theta = {"a": jnp.ones((32, 2)), "b": jnp.ones((2, 32))}
+    adapters = pj.Adapters({query: theta}, {"bert/encoder/extra/scale": jnp.ones(3)})
     config = pj.PeanutConfig(r=2, target_modules=["query"], modules_to_save=["extra"])
     with pytest.raises(ValueError, match=r"'bert\.encoder\.extra\.weight' of adapter 0 has no place"):
         pj.export_merged(source, out, adapters, config)

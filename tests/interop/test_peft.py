@@ -1,5 +1,6 @@
 """HF PEFT reads what we write and we read what it writes: the same update, the same logits, on real torch models."""
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -85,6 +86,7 @@ def test_the_files_are_pefts(family, tmp_path):
     assert reference.pop("peft_version")
     assert reference.pop("modules_to_save") == ["classifier", "score"]  # the heads of the task, which it adds itself
     assert ours.pop("modules_to_save") is None
+    assert (ours.pop("base_model_name_or_path"), reference.pop("base_model_name_or_path")) == (str(one.folder), None)
     assert ours == reference
 
 
@@ -149,7 +151,7 @@ def test_saved_modules_in_a_stack(family, tmp_path):
     pj.save_adapter(tmp_path, adapters, config, params)
     assert_identical(pj.load_adapter(tmp_path, params)[0], adapters)
     saved = load_file(tmp_path / WEIGHTS_FILE)
-    kernel = adapters.theta["model/layers/self_attn/o_proj/kernel"]
+    kernel = adapters.saved["model/layers/self_attn/o_proj/kernel"]
     np.testing.assert_array_equal(saved["base_model.model.model.layers.1.self_attn.o_proj.weight"], kernel[1].T)
     np.testing.assert_array_equal(
         saved["base_model.model.model.embed_tokens.weight"], adapters.saved["model/embed_tokens/embedding"]
@@ -210,7 +212,9 @@ def test_saving_again_replaces_and_keeps_other_files(family, tmp_path):
     pj.save_adapter(tmp_path, drawn(one.params, config, 0), config, one.params)
     (tmp_path / "README.md").write_text("mine")
     second = drawn(one.params, config, 1)
-    pj.save_adapter(tmp_path, second, config, one.params)
+    with pytest.raises(FileExistsError, match="exists; give another folder, or overwrite=True"):
+        pj.save_adapter(tmp_path, second, config, one.params)
+    pj.save_adapter(tmp_path, second, config, one.params, overwrite=True)
     assert_identical(pj.load_adapter(tmp_path, one.params)[0], second)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
 
@@ -236,7 +240,7 @@ def test_peft_refuses_other_functions(family, tmp_path, config):
         peft.PeftModel.from_pretrained(torch_copy(one), tmp_path)
     again, read = pj.load_adapter(tmp_path, one.params)
     assert_identical(again, adapters)
-    assert read == config
+    assert read == dataclasses.replace(config, base_model_name_or_path=str(one.folder))
 
 
 def test_peft_refuses_conv1d(family, tmp_path):
@@ -438,6 +442,6 @@ def test_peft_saves_by_the_end_of_a_name(family, tmp_path):
     for params in (one.params, scanned(one.params, "model", "layers")):
         adapters, config = pj.load_adapter(tmp_path, params)
         assert len([name for name in config.modules_to_save if "layers" in name]) == (4 if params is one.params else 2)
-        pj.save_adapter(tmp_path / "again", adapters, config, params)
+        pj.save_adapter(tmp_path / "again", adapters, config, params, overwrite=True)
         again, want = (load_file(folder / WEIGHTS_FILE) for folder in (tmp_path / "again", tmp_path))
         assert again.keys() == want.keys()

@@ -3,22 +3,23 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from peanut_jax.files.folders import check, replacing
+import peanut_jax as pj
+from peanut_jax.files.atomic import refuse_foreign, replacing_entries
+from peanut_jax.sharding import make_mesh
+from peanut_jax.trainer import Loop
 from train import quickstart, report
-from train.digits import batches, split, tasks
+from train.comparison import Settings, accuracies, run_of
+from train.digits import HIGH, LOW, Digits, Pictures, split, stratified
 from train.methods import METHODS
-from train.trainers import Plan, seconds_in_turns
+from train.timing import seconds_in_turns
 
-SETTINGS = quickstart.Settings(
-    seeds=(0, 1),
-    pretrain=Plan(n_steps=4, batch_size=8, eval_every_steps=4),
-    adapt=Plan(n_steps=3, batch_size=8, eval_every_steps=2),
-)
+SETTINGS = Settings(seeds=(0, 1), pretrain=Loop(steps=4, batch_size=8), adapt=Loop(steps=3, batch_size=8, eval_every=2))
 SUBSET = tuple(method for method in METHODS if method.name in ("PEANuT, depth 2", "linear probe", "full fine-tuning"))
 
 
@@ -55,11 +56,28 @@ def test_the_json_holds_every_field_and_every_evaluation(finished):
         assert row["step_bytes"] > 0
 
 
+def test_every_seed_of_a_method_is_a_run_of_the_loop(finished):
+    out, _, content = finished
+    folders = sorted(path.parent for path in (out / "runs").rglob("run.json"))
+    assert len(folders) == 1 + len(SUBSET) * len(SETTINGS.seeds)
+    folder = out / "runs" / "peanut-depth-2" / "seed-1"
+    row = next(row for row in content["results"] if row["method"] == "PEANuT, depth 2")
+    assert list(accuracies(folder).values()) == row["test_accuracy"][1][1:]
+    saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(out / quickstart.PRETRAINED)
+
+
 def test_the_seed_alone_decides_the_start(finished):
-    _, _, content = finished
+    out, _, content = finished
     starts = np.array([[curve[0] for curve in row["test_accuracy"]] for row in content["results"]])
     assert (starts == starts[0]).all(), "an adapter starts as a no-op, so every method starts from the same accuracy"
-    assert starts[0, 0] != starts[0, 1], "each seed draws its own head"
+    task = Digits(model=str(out / quickstart.PRETRAINED))
+    (head, body), (other_head, other_body) = (
+        (params.pop("classifier")["kernel"], params)
+        for params in (task.build(make_mesh("data=8"), None, seed).params for seed in SETTINGS.seeds)
+    )
+    assert (np.asarray(head) != np.asarray(other_head)).all(), "each seed draws its own head"
+    jax.tree.map(np.testing.assert_array_equal, body, other_body)
 
 
 def test_the_counts_are_those_of_the_kernels(finished):
@@ -92,46 +110,44 @@ def test_a_merged_checkpoint_that_differs_is_an_error(tmp_path, monkeypatch, fin
     ]
     fields = {field.name: content[field.name] for field in dataclasses.fields(report.Report)}
     broken = report.Report(**fields | {"results": results, "merged_largest_logit_difference": float("nan")})
-    monkeypatch.setattr(quickstart, "run", lambda *_: broken)
+    monkeypatch.setattr(quickstart, "story", lambda *_: broken)
     with pytest.raises(SystemExit, match="differs from the adapted model"):
         quickstart.main(["--out", str(tmp_path / "run")], SETTINGS, SUBSET)
     assert (tmp_path / "run" / quickstart.JSON).is_file(), "the results are kept"
 
 
 def test_all_adapters_have_the_same_size():
-    adapters = [method.how for method in METHODS if not isinstance(method.how, str)]
-    sizes = {2 * 64 * how.r + 2 * getattr(how, "depth", 0) * how.r**2 for how in adapters}
+    adapters = [entry.config for entry in METHODS if hasattr(entry.config, "r")]
+    sizes = {2 * 64 * config.r + 2 * getattr(config, "depth", 0) * config.r**2 for config in adapters}
+    assert len(adapters) == 5
     assert sizes == {1280}
 
 
-def test_the_tasks_are_disjoint_stratified_and_fixed():
-    for task in tasks():
-        images = np.concatenate([part.images for part in task])
+def test_a_new_head_must_be_trained():
+    with pytest.raises(ValueError, match=r"adapter\.modules_to_save must name the new head 'classifier'"):
+        run_of(Digits(model="m"), pj.LoraConfig(r=2), SETTINGS.adapt, 0.1)
+
+
+def test_the_parts_are_disjoint_stratified_and_fixed():
+    for digits in (LOW, HIGH):
+        train, test = split(digits)
+        images = np.concatenate([train.images, test.images])
         assert images.min() == -1
         assert images.max() == 1
-        test = {image.tobytes() for image in np.asarray(task.test.images)}
-        assert not any(image.tobytes() in test for image in np.asarray(task.train.images))
-        shares = [np.bincount(part.labels, minlength=5) / len(part.labels) for part in task]
+        known = {image.tobytes() for image in test.images}
+        assert not any(image.tobytes() in known for image in train.images)
+        shares = [np.bincount(part.labels, minlength=5) / len(part.labels) for part in (train, test)]
         assert len(shares[0]) == 5
         np.testing.assert_allclose(shares[0], shares[1], atol=0.01)
-    for once, again in zip(tasks(), tasks(), strict=True):
-        np.testing.assert_array_equal(once.test.images, again.test.images)
+        np.testing.assert_array_equal(test.images, split(digits)[1].images)
 
 
 def test_a_split_keeps_every_picture_with_its_label():
     images = np.arange(40, dtype=np.float32).reshape(-1, 1, 1, 1)
-    task = split(images, np.arange(40) % 5, test_fraction=0.25)
-    assert len(task.test.labels) == 10
-    for part in task:
+    parts = stratified(Pictures(images, np.arange(40) % 5), test_fraction=0.25)
+    assert len(parts[1].labels) == 10
+    for part in parts:
         np.testing.assert_array_equal(part.images.ravel() % 5, part.labels)
-
-
-def test_an_epoch_of_batches_shows_every_picture_once():
-    images = np.arange(12, dtype=np.float32).reshape(-1, 1, 1, 1)
-    pictures = split(images, np.arange(12) % 2, test_fraction=0.5).train
-    seen = np.concatenate([batch.images.ravel() for batch in batches(pictures, seed=3, batch_size=3, n_steps=4)])
-    for epoch in (seen[:6], seen[6:]):
-        assert sorted(epoch) == sorted(pictures.images.ravel())
 
 
 def test_steps_are_timed_in_turns():
@@ -145,8 +161,8 @@ def test_steps_are_timed_in_turns():
 def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path):
     out = tmp_path / "runs" / "quickstart"
     for text in ("first", "second"):
-        check(out, marker="marker.json")
-        with replacing(out) as folder:
+        refuse_foreign(out, marker="marker.json")
+        with replacing_entries(out) as folder:
             (folder / "marker.json").write_text(text)
             (folder / "checkpoint").mkdir()
             (folder / "checkpoint" / text).touch()
@@ -163,7 +179,7 @@ def test_a_failed_run_leaves_the_earlier_one(tmp_path):
     (out / "marker.json").write_text("first")
 
     def interrupted():
-        with replacing(out) as folder:
+        with replacing_entries(out) as folder:
             (folder / "marker.json").write_text("second")
             raise KeyboardInterrupt
 

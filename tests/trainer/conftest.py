@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 import transformers
 
+from peanut_jax.trainer import Run, read
 from tests.models.test_decoder import build
 
 CONFIG = """
 import peanut_jax as pj
-from peanut_jax.trainer.config import LanguageModelling, Loop, Optimizer, Run
+from peanut_jax.trainer import LanguageModelling, Loop, Optimizer, Run
 
 config = Run(
     task=LanguageModelling(
@@ -61,3 +62,9 @@ def tiny(tmp_path_factory):
         CONFIG.format(model=str(folder / "model"), train=paths["train"], evaluation=paths["eval"])
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(tiny) -> Run:
+    """The run of that config file."""
+    return read(tiny / "config.py")

@@ -15,12 +15,15 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from peanut_jax.trainer import recorder
-from peanut_jax.trainer.recorder import Recorder, plot_curves, progress, read_metrics
+from peanut_jax.trainer import curves
+from peanut_jax.trainer.curves import plot_curves
+from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.progress import progress
+from peanut_jax.trainer.recorder import Recorder
 
-ROOT = Path(recorder.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BAR = """
-from peanut_jax.trainer.recorder import progress
+from peanut_jax.trainer.progress import progress
 with progress(200, 100, "training") as meter:
     meter.update(150, loss=0.5, rate=1234.0, step_seconds=0.5)
 """
@@ -76,7 +79,7 @@ def test_what_is_not_finite_is_still_json(tmp_path):
     write(tmp_path, [(1, {"a": math.nan, "b": math.inf, "c": -math.inf})])
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert (line["a"], line["b"], line["c"]) == ("nan", "inf", "-inf")
@@ -125,7 +128,7 @@ def test_damage_elsewhere_is_an_error_and_touches_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     damaged = path.read_text().replace('"step": 2', '"step')
     path.write_text(damaged)
-    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is no JSON"):
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not JSON"):
         Recorder(tmp_path, resume_step=3)
     assert path.read_text() == damaged
 
@@ -177,7 +180,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 def test_the_moving_average_passes_over_nan():
     values = np.array([1.0, 2.0, np.nan, 4.0, 6.0])
-    np.testing.assert_allclose(recorder._moving_average(values, 3), [1.5, 1.5, np.nan, 5.0, 5.0])
+    np.testing.assert_allclose(curves._moving_average(values, 3), [1.5, 1.5, np.nan, 5.0, 5.0])
 
 
 def test_without_a_terminal_every_update_is_a_line(capsys):

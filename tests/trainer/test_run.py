@@ -3,31 +3,24 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
-import transformers
 from safetensors.numpy import load_file, save_file
 
 import peanut_jax as pj
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.sharding import make_mesh
-from peanut_jax.trainer import loop
-from peanut_jax.trainer.config import Classification, Loop, Optimizer, Run, read
-from peanut_jax.trainer.data import batches, in_order, local_rows
-from peanut_jax.trainer.loop import Outcome, train
-from peanut_jax.trainer.recorder import Recorder, read_metrics
-from train.__main__ import main
+from peanut_jax.trainer import Optimizer, Run, loop, train
+from peanut_jax.trainer.data import batches
+from peanut_jax.trainer.loop import Outcome
+from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.programs import compile_programs, first_state
+from peanut_jax.trainer.recorder import Recorder
 
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def run(tiny) -> Run:
-    return read(tiny / "config.py")
 
 
 def changed(run: Run, **fields) -> Run:
@@ -67,7 +60,7 @@ def test_what_a_run_leaves(run, whole, tiny):
     assert (config.r, config.depth) == (4, 1)
     # The evaluation of the loop is the loss of the merged model over the whole file.
     merged = pj.merge(params, adapters, config)
-    rows = loop.tasks.build(run.task, make_mesh("data=8"), None, 0).evaluation
+    rows = run.task.build(make_mesh("data=8"), None, 0).evaluation
     packed = [rows[i] for i in range(len(rows))]
     total, weight = model.apply(
         merged, *(np.stack([row[name] for row in packed]) for name in ("tokens", "labels", "weights")),
@@ -133,6 +126,17 @@ def test_a_resume_on_another_mesh(run, whole, tmp_path, signalled, monkeypatch):
     want = load_file(whole / ADAPTER)
     for name, tensor in load_file(folder / ADAPTER).items():
         assert np.linalg.norm(tensor - want[name]) <= 1e-5 * np.linalg.norm(want[name]), name
+
+
+def test_programs_are_shared_by_runs_of_other_seeds(run, whole, tmp_path):
+    """Compiled for seed 1 they train seed 0 as its own would; a run that differs in more is refused."""
+    other = changed(run, loop__seed=1)
+    task = run.task.build(make_mesh(run.mesh), run.rules, 0)
+    programs = compile_programs(other, task, first_state(other, task))
+    assert train(run, tmp_path / "run", task=task, programs=programs, quiet=True) == Outcome(8, 8)
+    assert_identical(tmp_path / "run", whole)
+    with pytest.raises(ValueError, match="the programs were compiled for another adapter, optimizer"):
+        train(changed(run, adapter__r=2, optimizer__b1=0.5), tmp_path / "other", task=task, programs=programs)
 
 
 def test_a_resume_of_a_complete_run_changes_nothing(run, whole):
@@ -249,17 +253,6 @@ def test_steps_that_are_not_finite_can_be_skipped(run, tmp_path, poisoned):
         train(skipping, tmp_path / "other")
 
 
-def test_an_evaluation_that_is_no_number_is_no_best():
-    record = {"best": None, "since_best": 0, "done": False}
-    patient = Run(
-        task=Classification(model="m", train="t", evaluation="e"), adapter=pj.LoraConfig(task_type="SEQ_CLS"),
-        loop=Loop(steps=9, eval_every=1, patience=2),
-    )  # fmt: skip
-    for value in (np.nan, 3.0, 2.0, np.nan):
-        loop._judge(record, {"loss": value}, patient)
-    assert record == {"best": 2.0, "since_best": 1, "done": False}
-
-
 def test_patience(run, tmp_path):
     """With a rate of almost nothing no evaluation is better than the first; a resume does not go on."""
     still = changed(
@@ -277,169 +270,3 @@ def test_data_that_ends_early(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the data ended after step 5 of 8; the checkpoint of that step is saved"):
         train(run, folder)
     assert (folder / "checkpoints" / "5").is_dir()
-
-
-class Numbers:
-    """Row i is i."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, i):
-        return {"tokens": np.full(2, i), "weights": np.ones(2)}
-
-
-def test_batches_are_a_function_of_the_step():
-    """Each epoch holds every row once, in another order; a later start gives the same batches."""
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), jax.P("data"))
-    options = {"batch_size": 4, "seed": 3, "sharding": sharding}
-    found = [np.asarray(b["tokens"])[:, 0] for b in batches(Numbers(), start=0, stop=10, **options)]
-    rows = np.concatenate(found)
-    epochs = rows.reshape(4, 10)
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    later = [np.asarray(b["tokens"])[:, 0] for b in batches(Numbers(), start=6, stop=10, **options)]
-    np.testing.assert_array_equal(later, found[6:])
-
-
-def test_an_evaluation_sees_every_row_once():
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), jax.P("data"))
-    found = list(in_order(Numbers(), batch_size=4, sharding=sharding))
-    rows = np.concatenate([np.asarray(b["tokens"])[:, 0] for b in found])
-    counts = np.concatenate([np.asarray(b["weights"])[:, 0] for b in found])
-    assert rows[counts == 1].tolist() == list(range(10))
-    assert counts.sum() == 10
-
-
-def test_a_batch_that_does_not_divide():
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
-    with pytest.raises(ValueError, match=r"a batch of 12 rows does not divide over 8 data shards"):
-        local_rows(12, sharding)
-
-
-def no_cluster(*args, **options):
-    """What JAX says on a machine of its own; in this process it would say that devices were used before."""
-    raise ValueError("coordinator_address should be defined.")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "loop.batch_size=6"], "a batch of 6 rows does not divide over 8 data shards"),
-        (
-            ["--set", "loop.accumulate_steps=2"],
-            "a batch of 8 rows does not divide over 8 data shards and 2 microbatches",
-        ),
-        (["--set", "mesh=data=16"], "16 places and there are 8 devices"),
-        (["--set", "loop.stepz=3"], "--set takes a field of the config"),
-        (["--set", "loop.steps=0"], "loop.steps must be an integer of at least 1, got 0"),
-        (["--set", "loop.epochs=2"], "give one of loop.steps and loop.epochs"),
-        (["--set", "loop.best=accuracy"], "loop.best must be one of loss, got 'accuracy'"),
-        (["--set", "optimizer.schedule=step"], "optimizer.schedule must be one of cosine, linear, constant"),
-        (["--set", "task.train=absent.jsonl"], "there is no data file absent.jsonl"),
-        (["--set", "task.prompt=number"], "column 'number' of"),
-        (["--set", "task.prompt=query"], "has no column 'query', only question, answer, number"),
-        (["--set", "task.seq_len=2"], "no example leaves room for its response in a row of 2"),
-        (["--set", "task.evaluation=null", "--set", "loop.patience=2"], "loop.patience=2 needs task.evaluation"),
-        (["--set", "optimizer.warmup_steps=8"], "optimizer.warmup_steps=8 must be below the 8 steps"),
-        (["--set", "optimizer.b1=2"], "optimizer.b1 must be a number of at least 0 and below 1, got 2"),
-        (["--set", 'adapter={"r": 4}'], "--set takes a field of the config"),
-        (["--resume"], "holds no run to resume"),
-        (["--process-id", "1"], "go together"),
-    ],
-)
-def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
-    assert main([str(tiny / "config.py"), "--out", str(tmp_path / "run"), *arguments]) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("train: ")
-    assert message in last
-
-
-def test_configs_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="there is no config file"):
-        read(tmp_path / "absent.py")
-    (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match=r"must define `config`, a train\.config\.Run, found NoneType"):
-        read(tmp_path / "empty.py")
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules(schedule):
-    rate = Optimizer(learning_rate=2.0, schedule=schedule, warmup_steps=4).rate(12)
-    assert float(rate(0)) == 0
-    assert [float(rate(step)) for step in (2, 4)] == [1.0, 2.0]
-    middle = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
-    np.testing.assert_allclose(float(rate(8)), middle, rtol=1e-6)
-    np.testing.assert_allclose(float(rate(12)), 2.0 if schedule == "constant" else 0.0, atol=1e-6)
-
-
-def test_examples_without_room_are_left_out(run, caplog):
-    """Of questions of 2 to 5 words, with the start token, those of 2 fit into rows of 4."""
-    task = dataclasses.replace(run.task, seq_len=4)
-    rows = loop.tasks.build(task, make_mesh("data=8"), None, 0).train
-    assert "are left out (no response, or no room for it in task.seq_len=4)" in caplog.text
-    assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
-    assert 0 < len(rows) < 60
-
-
-@pytest.fixture
-def classification(tiny, tmp_path):
-    """A tiny BERT on pairs of words that are equal or not."""
-    model = transformers.FlaxBertModel(
-        transformers.BertConfig(
-            vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=12,
-        ),
-        seed=0,
-    )  # fmt: skip
-    model.save_pretrained(tmp_path / "bert", safe_serialization=True)
-    for file in (tiny / "model").glob("*token*"):
-        shutil.copy(file, tmp_path / "bert")
-    rows = [f"w{i % 7} w{i % 3}\t{int(i % 7 == i % 3)}" for i in range(42)]
-    (tmp_path / "pairs.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return Run(
-        task=Classification(
-            model=str(tmp_path / "bert"), train=str(tmp_path / "pairs.tsv"), evaluation=str(tmp_path / "pairs.tsv"),
-            max_tokens=8,
-        ),
-        adapter=pj.PeanutConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
-        optimizer=Optimizer(learning_rate=0.01, schedule="constant"),
-        loop=Loop(steps=12, batch_size=16, accumulate_steps=2, best="accuracy", best_mode="max", eval_every=6),
-        mesh="data=4,fsdp=2",
-    )  # fmt: skip
-
-
-def test_a_classification_run(classification, tmp_path):
-    folder = tmp_path / "run"
-    assert train(classification, folder) == Outcome(12, 12)
-    evaluations = [row for row in read_metrics(folder) if "eval/accuracy" in row]
-    assert [row["step"] for row in evaluations] == [6, 12]
-    assert evaluations[1]["eval/loss"] < 0.6
-    assert evaluations[1]["eval/accuracy"] * 42 == pytest.approx(round(evaluations[1]["eval/accuracy"] * 42))
-    assert any("classifier" in name for name in load_file(folder / ADAPTER))
-
-
-def test_texts_that_do_not_fit_the_model(classification, tmp_path):
-    longer = dataclasses.replace(classification.task, max_tokens=13)
-    with pytest.raises(ValueError, match=r"task\.max_tokens=13 must be at most the model's 12 positions"):
-        train(dataclasses.replace(classification, task=longer), tmp_path / "run")
-    (tmp_path / "pairs.tsv").write_text("sentence\tlabel\nw1 w2\t1\n\t0\n")
-    with pytest.raises(ValueError, match=r"column 'sentence' of .* is empty in 1 of 2 rows"):
-        train(classification, tmp_path / "other")
-
-
-def test_labels_that_are_no_classes(classification, tmp_path):
-    (tmp_path / "pairs.tsv").write_text("sentence\tlabel\nw1 w2\t1\nw3 w4\t2\n")
-    with pytest.raises(ValueError, match=r"column 'label' must hold integers in 0\.\.1, found \[1, 2\]"):
-        train(classification, tmp_path / "run")
-
-
-def test_a_new_head_must_be_trained(classification):
-    with pytest.raises(ValueError, match=r"adapter\.task_type is None: the new head would stay as it was drawn"):
-        dataclasses.replace(classification, adapter=pj.PeanutConfig(r=4, target_modules=["query"]))
-
-
-def test_epochs():
-    assert Loop(epochs=1.5, batch_size=8).total(60) == 12
-    assert Loop(steps=7).total(60) == 7

@@ -14,7 +14,7 @@ import pytest
 from peanut_jax.trainer import run_folder
 from peanut_jax.trainer.run_folder import describe, note_resume, open_run, read_run, write_run
 
-ROOT = Path(run_folder.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -1,0 +1,87 @@
+"""`python -m train` and `peanut-jax train`: one line for each error, and what is missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from peanut_jax import cli
+from peanut_jax.trainer import extras
+from peanut_jax.trainer.command import main
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """What JAX says on a machine of its own; in this process it would say that devices were used before."""
+
+    def initialize(*args, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "loop.batch_size=6"], "a batch of 6 rows does not divide over 8 data shards"),
+        (
+            ["--set", "loop.accumulate_steps=2"],
+            "a batch of 8 rows does not divide over 8 data shards and 2 microbatches",
+        ),
+        (["--set", "mesh=data=16"], "16 places and there are 8 devices"),
+        (["--set", "loop.stepz=3"], "--set takes a field of the config"),
+        (["--set", "loop.steps=0"], "loop.steps must be an integer of at least 1, got 0"),
+        (["--set", "loop.epochs=2"], "give one of loop.steps and loop.epochs"),
+        (["--set", "loop.best=accuracy"], "loop.best must be one of loss, got 'accuracy'"),
+        (["--set", "optimizer.schedule=step"], "optimizer.schedule must be one of cosine, linear, constant"),
+        (["--set", "task.train=absent.jsonl"], "there is no data file absent.jsonl"),
+        (["--set", "task.prompt=number"], "column 'number' of"),
+        (["--set", "task.prompt=query"], "has no column 'query', only question, answer, number"),
+        (["--set", "task.seq_len=2"], "no example leaves room for its response in a row of 2"),
+        (["--set", "task.evaluation=null", "--set", "loop.patience=2"], "loop.patience=2 needs task.evaluation"),
+        (["--set", "optimizer.warmup_steps=8"], "optimizer.warmup_steps=8 must be below the 8 steps"),
+        (["--set", "optimizer.b1=2"], "optimizer.b1 must be a number of at least 0 and below 1, got 2"),
+        (["--set", 'adapter={"r": 4}'], "--set takes a field of the config"),
+        (["--resume"], "holds no run to resume"),
+        (["--process-id", "1"], "go together"),
+    ],
+)
+def test_errors_are_one_line(tiny, tmp_path, capsys, arguments, message):
+    assert main([str(tiny / "config.py"), "--out", str(tmp_path / "run"), *arguments]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: ")
+    assert message in last
+
+
+def test_peanut_jax_train_is_the_same_command(tiny, tmp_path, capsys):
+    arguments = [str(tiny / "config.py"), "--out", str(tmp_path / "run"), "--set", "loop.steps=2"]
+    changes = ["--set", "optimizer.warmup_steps=0", "--set", "optimizer.saved_learning_rate=0.1"]
+    assert cli.main(["train", *arguments, *changes]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"train: {tmp_path / 'run'} is complete after step 2"
+    assert cli.main(["train", *arguments]) == 1
+    assert "holds a run; pass --resume" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_not_installed_is_named(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(extras, "PACKAGES", ("filelock", "no_such_package"))
+    assert main([str(tiny / "config.py"), "--out", str(tmp_path / "run")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "train: training needs no_such_package: pip install 'peanut-jax[train]'"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_needs_no_extra():
+    """With them blocked a config can be imported and read; training says what it needs."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('grain', 'matplotlib', 'tensorboardX')))\n"
+        "from peanut_jax.trainer import Classification, LanguageModelling, Loop, Optimizer, Run, read\n"
+        "from peanut_jax.trainer.command import main\n"
+        "sys.exit(main(['config.py', '--out', 'run']))"
+    )
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    line = found.stderr.splitlines()[-1]
+    assert line == "train: training needs grain, matplotlib, tensorboardX: pip install 'peanut-jax[train]'"
+    assert found.returncode == 1

@@ -1,0 +1,83 @@
+"""Configs: read from files, checked, and turned into schedules and optimizers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import peanut_jax as pj
+from peanut_jax.adapters import Adapters
+from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read
+from peanut_jax.trainer.judging import FRESH, due, judged
+
+
+def test_configs_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="there is no config file"):
+        read(tmp_path / "absent.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match=r"must define `config`, a peanut_jax\.trainer\.Run, found NoneType"):
+        read(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(schedule):
+    rate = Optimizer(learning_rate=2.0, schedule=schedule, warmup_steps=4).rate(12)
+    assert float(rate(0)) == 0
+    assert [float(rate(step)) for step in (2, 4)] == [1.0, 2.0]
+    middle = {"cosine": 1.0, "linear": 1.0, "constant": 2.0}[schedule]
+    np.testing.assert_allclose(float(rate(8)), middle, rtol=1e-6)
+    np.testing.assert_allclose(float(rate(12)), 2.0 if schedule == "constant" else 0.0, atol=1e-6)
+
+
+def test_epochs():
+    assert Loop(epochs=1.5, batch_size=8).total(60) == 12
+    assert Loop(steps=7).total(60) == 7
+
+
+def test_an_evaluation_that_is_no_number_is_no_best():
+    record = FRESH
+    patient = Run(
+        task=Classification(model="m", train="t", evaluation="e"), adapter=pj.LoraConfig(task_type="SEQ_CLS"),
+        loop=Loop(steps=9, eval_every=1, patience=2),
+    )  # fmt: skip
+    for value in (np.nan, 3.0, 2.0, np.nan):
+        record = judged(record, {"loss": value}, patient.loop)
+    assert record == {"best": 2.0, "since_best": 1, "done": False}
+
+
+def test_what_is_due_after_a_step():
+    loop = Loop(steps=9, log_every=2, eval_every=3, save_every=4)
+
+    def after(step, *, evaluates=True, ending=False):
+        return "".join(
+            name[0] for name, on in due(loop, step, 9, evaluates=evaluates, ending=ending)._asdict().items() if on
+        )
+
+    assert [after(step) for step in range(1, 10)] == ["", "l", "les", "ls", "", "les", "", "ls", "les"]
+    assert after(3, evaluates=False) == ""
+    assert after(1, ending=True) == "ls"
+
+
+def test_a_rate_of_its_own_for_saved_modules():
+    """Clipped together with the adapters, then stepped by as much as its own rate says; without one, as before."""
+    tree = Adapters({"k": {"a": jnp.full(2, 3.0), "b": jnp.full(2, 4.0)}}, {"head/bias": jnp.full(2, 12.0)})
+    both = Optimizer(learning_rate=0.1, saved_learning_rate=0.5, schedule="constant")
+    one = dataclasses.replace(both, saved_learning_rate=None)
+
+    def updates(optimizer):
+        tx = optimizer.transformation(10)
+        return tx.update(tree, tx.init(tree), tree)[0]
+
+    found, plain = updates(both), updates(one)
+    jax.tree.map(np.testing.assert_array_equal, found.theta, plain.theta)
+    np.testing.assert_allclose(found.saved["head/bias"], 5 * plain.saved["head/bias"], rtol=1e-6)
+    want = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda _: 0.1, weight_decay=0.0))
+    jax.tree.map(np.testing.assert_array_equal, plain, want.update(tree, want.init(tree), tree)[0])
+
+
+def test_a_task_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="task must be a dataclass with METRICS, model, evaluation, check and build"):
+        Run(task={"model": "m"}, adapter=pj.LoraConfig(task_type="SEQ_CLS"), loop=Loop(steps=1))
