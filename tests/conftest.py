@@ -8,15 +8,29 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from jaxtyping import install_import_hook
+from beartype import beartype
+from jaxtyping import install_import_hook, jaxtyped
 
-# The modules whose functions take arrays with shapes. Those whose own checks have to meet a bad argument are not here.
+# The modules whose functions take arrays with shapes. Not here, because their own checks have to meet bad arguments:
+# the configs (`methods.base`, `lora`, `peanut`, `subset`), of which `update` alone is checked below, and `training`.
+# The pytrees of `training` and `adapters` may also hold shapes, shardings or labels in the place of arrays.
 CHECKED = [f"peanut_jax.{name}" for name in (
-    "methods.activations", "methods.tweaker", "methods.peanut_start", "matrices",
-    "updates", "xla_cpu", "frontends.linen_modules", "base.digest",
+    "methods.activations", "methods.dora", "methods.peanut_start", "methods.tweaker", "matrices", "updates", "xla_cpu",
+    "base.digest", "frontends.linen_modules", "sharding",
+    "models.attention", "models.beam", "models.cache", "models.decoder", "models.decoding", "models.generate",
+    "models.layers", "models.rope", "models.sampling", "models.serving",
+    "interop.lora", "interop.merged", "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
 )]  # fmt: skip
 with install_import_hook(CHECKED, "beartype.beartype"):
-    import peanut_jax  # noqa: F401
+    import peanut_jax
+    import peanut_jax.models.generate
+    import peanut_jax.run_checkpoint_leaves
+    import peanut_jax.sharding
+    import peanut_jax.trainer.curves
+    import peanut_jax.trainer.guard
+
+for method in (peanut_jax.LoraConfig, peanut_jax.PeanutConfig):
+    method.update = jaxtyped(typechecker=beartype)(method.update)
 
 # ruff: noqa: E402
 import jax
