@@ -21,7 +21,7 @@ NOT_FINITE = "the base kernel holds a NaN or an infinity: {paths}"
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Adapters:
     """What is trained. A pytree that flattens as one mapping of both fields would, sorted by path.
 
