@@ -58,7 +58,7 @@ RUNS, PRETRAINING = "runs", "pretraining"
 SETTINGS = Settings(
     seeds=(0, 1, 2),
     pretrain=Loop(steps=600, batch_size=32, log_every=60, save_every=600, keep_last=1),
-    adapt=Loop(steps=150, batch_size=32, log_every=15, eval_every=15, save_every=150, keep_last=1),
+    adapt=Loop(steps=150, batch_size=32, log_every=25, eval_every=25, save_every=150, keep_last=1),
 )
 
 
