@@ -115,7 +115,7 @@ def story(folder: Path, out: Path, settings: Settings, methods: Sequence[Entry],
             train_method(entry, folder / PRETRAINED, base_name, folder / RUNS, settings, progress) for entry in methods
         ]
     seconds = step_seconds(trained, settings.adapt.batch_size)
-    first = next(one for one in trained if isinstance(one.entry.config, pj.PeanutConfig))
+    first = next(one for one in trained if one.entry.config.READS_BASE)
     difference = merged_difference(
         folder / MERGED, folder / PRETRAINED, first.folders[0] / "adapter", split(HIGH)[1].images, settings.seeds[0]
     )
