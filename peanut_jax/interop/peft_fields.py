@@ -16,7 +16,7 @@ _BOOKKEEPING = {
 
 _LORA_BOOKKEEPING = {
     "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
-    # Read by _lora_scaling, _own_fields and config_of.
+    # Read by _lora_scaling, own_fields and config_of.
     "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def _check_known(fields: Mapping[str, Any], known: set[str]) -> None:
             raise ValueError(f"{name}={value!r} is not supported: the adapter would be another function without it")
 
 
-def _fields(config: Method, row: PeftType) -> dict[str, Any]:
+def fields_of(config: Method, row: PeftType) -> dict[str, Any]:
     """The fields of `adapter_config.json`."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -94,7 +94,7 @@ def _lora_scaling(fields: Mapping[str, Any], r: Any, alpha: Any) -> float:
     return alpha / r**0.5 if fields.get("use_rslora") else alpha / r
 
 
-def _own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
+def own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Rank and scaling of a module, where LoRA's patterns make them other than the config's."""
     if "lora_alpha" not in fields:
         return {}

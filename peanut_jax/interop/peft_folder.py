@@ -12,7 +12,7 @@ import numpy as np
 from peanut_jax.files.atomic import refuse_filled, replacing_entries, write_text
 from peanut_jax.files.hub import local_folder, read_json
 from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
-from peanut_jax.interop.peft_fields import _fields, _own_fields, config_of
+from peanut_jax.interop.peft_fields import config_of, fields_of, own_fields
 from peanut_jax.interop.peft_types import PeftType, type_named, type_of
 from peanut_jax.methods.base import Method
 
@@ -77,7 +77,7 @@ def write(folder: str | Path, adapter: ModuleAdapters, *, overwrite: bool = Fals
     tensors |= {PREFIX + name: array for name, array in adapter.saved.items()}
     metadata = {FINGERPRINT_KEY: json.dumps(adapter.fingerprint)} if adapter.fingerprint else {}
     metadata |= {DTYPE_KEY: adapter.base_dtype} if adapter.base_dtype else {}
-    text = json.dumps(_fields(adapter.config, row), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(fields_of(adapter.config, row), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     refuse_filled(folder, overwrite, CONFIG_FILE)
     with replacing_entries(folder) as temporary:
@@ -112,14 +112,14 @@ def read(folder: str | Path) -> ModuleAdapters:
         if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
             raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
         thetas, kept = _thetas(tensors, type_named(fields), config)
-        own_fields = _check_shapes(thetas, config, fields)
+        singled = _check_shapes(thetas, config, fields)
         prints = _fingerprint(metadata)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
     dtype = metadata.get(DTYPE_KEY)
     if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"{folder / WEIGHTS_FILE}: {DTYPE_KEY} is {dtype!r}, no floating dtype")
-    return ModuleAdapters(config, thetas, kept, prints, dtype, own_fields)
+    return ModuleAdapters(config, thetas, kept, prints, dtype, singled)
 
 
 def _thetas(
@@ -172,11 +172,11 @@ def _check_shapes(
     """Refuses thetas that are not the config's; the own fields of modules that LoRA's patterns single out."""
     if not thetas and config.ADAPTS_KERNELS:
         raise ValueError("no adapter tensors in it")
-    own_fields = {}
+    singled: dict[str, dict[str, Any]] = {}
     for module, theta in thetas.items():
-        own = _own_fields(module, config, fields)
+        own = own_fields(module, config, fields)
         if own:
-            own_fields[module] = own
+            singled[module] = own
         one = dataclasses.replace(config, **own)
         leaves = one.leaves()
         if theta.keys() != leaves.keys():
@@ -189,7 +189,7 @@ def _check_shapes(
                     f"module {module!r}: {leaf} is {theta[leaf].shape[::-1]} as stored, expected {shape[::-1]} "
                     f"for {', '.join(f'{word}={getattr(one, word)}' for word in words)}"
                 )
-    return own_fields
+    return singled
 
 
 def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
