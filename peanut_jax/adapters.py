@@ -21,7 +21,7 @@ NOT_FINITE = "the base kernel holds a NaN or an infinity: {paths}"
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class Adapters:
     """What is trained. A pytree that flattens as one mapping of both fields would, sorted by path.
 
@@ -55,7 +55,8 @@ def init(key: PRNGKeyArray, params: PyTree, config: Method) -> Adapters:
 
     Args:
         key: A PRNG key.
-        params: Frozen base parameters; tracers and `jax.eval_shape` are fine, and then values are not checked.
+        params: Frozen base parameters; tracers are fine, and `jax.ShapeDtypeStruct`s for a method whose start does not
+            read the kernel, and then values are not checked.
         config: What to adapt, and how.
 
     Returns:
@@ -77,10 +78,15 @@ def init(key: PRNGKeyArray, params: PyTree, config: Method) -> Adapters:
     targets = select(params, checked(config))
     check_finite({path: flat[path] for path in targets}, NOT_FINITE)
     theta = {
-        path: config.start(jax.random.fold_in(key, zlib.crc32(path.encode())), Plain(target.matrix(flat[path])))
+        path: config.start(jax.random.fold_in(key, zlib.crc32(path.encode())), _matrix(target, flat[path]))
         for path, target in targets.items()
     }
     return Adapters(theta, {path: jnp.array(flat[path]) for path in saved_paths(flat, config)})
+
+
+def _matrix(target: Target, stored: Leaf) -> Plain:
+    """The kernel as a method reads it; its shape alone where no more is known."""
+    return Plain((target.shape_of if isinstance(stored, jax.ShapeDtypeStruct) else target.matrix)(stored))
 
 
 def compute_updates(adapters: Adapters, params: PyTree, config: Method) -> Updates:

@@ -45,6 +45,11 @@ class Plain:
         return _transposed_times(self.values, a)
 
     def array(self) -> Float[Array, "*stack d_in d_out"]:
+        if isinstance(self.values, jax.ShapeDtypeStruct):
+            raise ValueError(
+                "this method's start reads the kernel, and only its shape is known here: pass arrays, or params as an "
+                "argument of the function given to jax.eval_shape"
+            )
         return self.values
 
 

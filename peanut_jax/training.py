@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from peanut_jax.adapters import Adapters, check_adapters, check_key, compute_updates, labels, with_saved
+from peanut_jax.adapters import Adapters, check_key, compute_updates, labels, with_saved
 from peanut_jax.frontends.linen import bind
 from peanut_jax.methods.base import Method, checked
 
@@ -38,9 +38,8 @@ class TrainState:
         """The state before the first step. The arrays are copied: the step donates its state's buffers.
 
         Raises:
-            ValueError: adapters that are none, or an integer for a key.
+            ValueError: an integer for a key.
         """
-        check_adapters(adapters)
         check_key(key)
         adapters = jax.tree.map(jnp.array, adapters)
         return cls(step=jnp.zeros((), jnp.int32), adapters=adapters, opt_state=tx.init(adapters), key=jnp.array(key))

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from peanut_jax.adapters import Adapters
 from peanut_jax.run_checkpoint_leaves import digest
 from peanut_jax.run_checkpoints import ABOUT, Checkpoints
 from peanut_jax.training import TrainState
@@ -58,6 +59,21 @@ def save_steps(folder, steps, **kwargs) -> dict[int, TrainState]:
         for step, state in states.items():
             checkpoints.save(state, {"position": 10 * step})
     return states
+
+
+def test_adapters_are_read_from_where_they_were_one_mapping(tmp_path):
+    """Both fields of `Adapters` flatten as one mapping from paths would, in the optimizer's state too."""
+    theta, saved = {"b/kernel": {"a": jnp.ones(2)}, "d/kernel": {"a": jnp.ones(3)}}, {"a/bias": jnp.ones(1)}
+    tx = optax.adam(1e-3)
+    before = TrainState.create({**saved, **theta}, tx, jax.random.key(0))
+    with Checkpoints(tmp_path, ABOUT_RUN) as checkpoints:
+        checkpoints.save(before, {})
+        like = jax.tree.map(jnp.zeros_like, TrainState.create(Adapters(theta, saved), tx, jax.random.key(0)))
+        found, _ = checkpoints.restore(like)
+    assert jax.tree.leaves_with_path(found.adapters)[0][0] == jax.tree.leaves_with_path(before.adapters)[0][0]
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True):
+        assert bits(one) == bits(other)
+    assert found.adapters.saved.keys() == saved.keys()
 
 
 @pytest.mark.parametrize(

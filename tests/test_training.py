@@ -8,6 +8,7 @@ import pytest
 
 import peanut_jax as pj
 from benchmarks.step_cost import tweaker_dots_in_loops
+from peanut_jax.base.kernels import flatten
 
 CONFIG = pj.PeanutConfig(r=3, depth=1, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False)
 LABELS = jnp.array([0, 2, 1, 1])
@@ -78,6 +79,45 @@ def test_microbatches_add_up_to_the_batch_by_weight(bert, adapters, loss_fn, bat
     parts, summed = one_step(bert, adapters, loss_fn, batch, accumulate_steps=2)
     close(parts.opt_state, whole.opt_state)
     np.testing.assert_allclose(summed["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing(bert, adapters, batch):
+    def loss_fn(params, batch, key):
+        losses = bert(batch["ids"], params=params).logits.sum(-1)
+        weight = batch["weight"].sum()
+        return (losses * batch["weight"]).sum() / weight, {"weight": weight}
+
+    state, metrics = one_step(bert, adapters, loss_fn, {**batch, "weight": jnp.zeros(4)}, accumulate_steps=2)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state))
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_metrics_may_be_plain_numbers(bert, adapters, batch, accumulate_steps):
+    def loss_fn(params, batch, key):
+        logits = bert(batch["ids"], params=params).logits
+        return jnp.mean(logits**2), {"temperature": 0.5, "layers": 2, "flag": True, "rows": np.float32(3)}
+
+    _, metrics = one_step(bert, adapters, loss_fn, batch, accumulate_steps=accumulate_steps)
+    assert {name: float(metrics[name]) for name in ("temperature", "layers", "flag", "rows")} == {
+        "temperature": 0.5,
+        "layers": 2.0,
+        "flag": 1.0,
+        "rows": 3.0,
+    }
+
+
+def test_a_subset_trains_its_modules_alone(bert, loss_fn, batch):
+    """A linear probe, and every module: the saved leaves' gradients are those of the parameters themselves."""
+    whole = jax.grad(lambda params: loss_fn(params, batch, None)[0])(bert.params)
+    for names in (["classifier"], ["bert", "classifier"]):
+        config = pj.SubsetConfig(modules_to_save=names)
+        start = pj.init(jax.random.key(0), bert.params, config)
+        step = pj.make_train_step(loss_fn, RECORD, config)
+        state, _ = step(pj.TrainState.create(start, RECORD, jax.random.key(0)), bert.params, batch)
+        want = flatten({name: whole[name] for name in names})
+        assert state.opt_state.saved.keys() == want.keys()
+        close(state.opt_state.saved, want)
 
 
 def test_microbatches_keep_a_sharded_batch_axis_in_place():

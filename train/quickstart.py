@@ -58,7 +58,7 @@ RUNS, PRETRAINING = "runs", "pretraining"
 SETTINGS = Settings(
     seeds=(0, 1, 2),
     pretrain=Loop(steps=600, batch_size=32, log_every=60, save_every=600, keep_last=1),
-    adapt=Loop(steps=150, batch_size=32, log_every=15, eval_every=15, save_every=150, keep_last=1),
+    adapt=Loop(steps=150, batch_size=32, log_every=25, eval_every=25, save_every=150, keep_last=1),
 )
 
 
@@ -115,7 +115,7 @@ def story(folder: Path, out: Path, settings: Settings, methods: Sequence[Entry],
             train_method(entry, folder / PRETRAINED, base_name, folder / RUNS, settings, progress) for entry in methods
         ]
     seconds = step_seconds(trained, settings.adapt.batch_size)
-    first = next(one for one in trained if isinstance(one.entry.config, pj.PeanutConfig))
+    first = next(one for one in trained if one.entry.config.READS_BASE)
     difference = merged_difference(
         folder / MERGED, folder / PRETRAINED, first.folders[0] / "adapter", split(HIGH)[1].images, settings.seeds[0]
     )

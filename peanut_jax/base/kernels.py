@@ -22,7 +22,8 @@ COLLECTION = "params"
 BOUND = "peanut_update"
 # A leaf of a parameter tree: a jax or numpy array, or a jax.ShapeDtypeStruct where only shapes are asked for.
 Leaf = Any
-Axes = Mapping[str, tuple[int, int]]
+# Kernel path -> (number of input axes, number of output axes).
+Splits = Mapping[str, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +121,25 @@ def _put(tree: Mapping[str, Any], keys: Sequence[str], leaf: Array) -> dict[str,
     return {**tree, head: _put(tree.get(head, {}), rest, leaf) if rest else leaf}
 
 
-def find(flat: Mapping[str, Leaf], axes: Axes | None = None) -> dict[str, Kernel]:
+def find(flat: Mapping[str, Leaf], splits: Splits | None = None) -> dict[str, Kernel]:
     """Every dense kernel of a flat tree, by path, in the tree's order.
 
     A leaf named `kernel` with two axes is one. With more axes a kernel is a layer stack, a DenseGeneral or a
-    convolution, which shapes alone do not always tell apart: `axes` decides where given, then the bias (its shape is
+    convolution, which shapes alone do not always tell apart: `splits` decides where given, then the bias (its shape is
     stack + outs), and without a bias every axis but the last two is taken for the stack. The interceptor compares this
     with the module that runs and raises where it was wrong, so a wrong reading is never silent.
 
     Args:
         flat: Path -> array, from `flatten`.
-        axes: Path -> (number of input axes, number of output axes), from `kernel_axes`.
+        splits: From a config's `kernel_axes`.
     """
-    axes = axes or {}
+    splits = splits or {}
     conv1d = _conv1d_blocks(flat)
     found = {}
     for path, leaf in flat.items():
         if not (path == "kernel" or path.endswith("/kernel")) or leaf.ndim < 2:
             continue
-        split = axes.get(path) or _axes_from_shapes(path, leaf, flat.get(path.removesuffix("kernel") + "bias"))
+        split = splits.get(path) or _axes_from_shapes(path, leaf, flat.get(path.removesuffix("kernel") + "bias"))
         if split is None:
             continue
         n_in, n_out = split

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -30,6 +31,10 @@ class Target:
     def stack(self) -> tuple[int, ...]:
         """Leading axes of this target's theta."""
         return self.kernel.stack if self.rows is None else (len(self.rows), *self.kernel.stack[1:])
+
+    def shape_of(self, stored: Leaf) -> jax.ShapeDtypeStruct:
+        """What `matrix` would have: [*stack, d_in, d_out]."""
+        return jax.ShapeDtypeStruct((*self.stack, self.kernel.d_in, self.kernel.d_out), stored.dtype)
 
     def matrix(self, stored: Leaf) -> Array:
         """The adapted rows of the stored kernel, as [*stack, d_in, d_out]."""

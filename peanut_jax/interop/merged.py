@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import logging
-import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +15,22 @@ from jaxtyping import Array, Bool, Float, PyTree
 from peanut_jax.adapters import Adapters, check, check_adapters
 from peanut_jax.base import torch_names as names
 from peanut_jax.files.atomic import check_apart, new_folder
-from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, local_folder, read_index, read_json
-from peanut_jax.files.safetensors import copy_file, dtype_of, finite, write_entry
+from peanut_jax.files.hub import local_folder
+from peanut_jax.files.safetensors import copy_file, write_entry
 from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, open_base
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.lora import Track, tensor_update
+from peanut_jax.interop.merged_files import copy_others, write_config, write_index
+from peanut_jax.interop.merged_saved import saved_tensors
 from peanut_jax.interop.peft import by_module, from_tree
-from peanut_jax.interop.peft_folder import ModuleAdapters, label_count, read
+from peanut_jax.interop.peft_folder import ModuleAdapters, read
 from peanut_jax.interop.places import Places, locate
 from peanut_jax.methods.base import Method
 from peanut_jax.updates import KernelUpdate, combine, outputs
 
 logger = logging.getLogger(__name__)
 
-# HF PEFT's task -> how transformers' class for it is called, after the name of the architecture.
-_CLASSES = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 # Rows of a tensor that are merged at a time.
 BLOCK = 512
 
@@ -136,7 +127,7 @@ def _export(
     checkpoint = open_base(source, fingerprinted or not check_base)
     check_apart(Path(folder), checkpoint.folder)
     places = {name: locate(checkpoint, adapter) for name, adapter in adapters.items()}
-    replaced, added, rename = _saved_tensors(checkpoint, adapters, places)
+    replaced, added, rename = saved_tensors(checkpoint, adapters, places)
     uses: dict[str, list[tuple[str, str]]] = {}
     for adapter, place in places.items():
         for module, tensor in place.tensors.items():
@@ -146,7 +137,7 @@ def _export(
     files = list(checkpoint.headers)
     order = sorted([*uses, *replaced], key=lambda name: (files.index(checkpoint.entries[name].file), name))
     with new_folder(Path(folder), overwrite, MERGED_FILE) as temporary:
-        _copy_others(checkpoint, temporary)
+        copy_others(checkpoint, temporary)
         starts: dict[Path, int] = {}
 
         def copy(file: Path) -> None:
@@ -163,8 +154,8 @@ def _export(
             if file not in starts:
                 copy(file)
         if rename or added:
-            _write_index(temporary, checkpoint, rename, added)
-            _write_config(temporary, Path(folder), adapters.values(), added)
+            write_index(temporary, checkpoint, rename, added)
+            write_config(temporary, Path(folder), adapters.values(), added)
         record = {"base": str(source), "adapters": {n: str(a.config) for n, a in adapters.items()}, "tensors": order}
         (temporary / MERGED_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -225,104 +216,3 @@ def _rows(adapters: Adapters, config: Method) -> dict[str, list[int] | None]:
         if stack and len(found[path] or ()) != stack[0]:
             raise ValueError(f"theta of {path!r} has {stack[0]} layers, and layers_to_transform names {wanted}")
     return found
-
-
-def _saved_tensors(
-    checkpoint: Checkpoint, adapters: Mapping[str, ModuleAdapters], places: Mapping[str, Places]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
-    """Tensors of saved modules: those to replace, those to add, and the renaming (old -> new) that adding asks for."""
-    replaced: dict[str, np.ndarray] = {}
-    added: dict[str, np.ndarray] = {}
-    prefix = ""
-    some = next(iter(next(iter(places.values())).tensors.values()))
-    own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
-    top = {name.partition(".")[0] for name in checkpoint.entries}
-    for name, adapter in adapters.items():
-        _check_tied(checkpoint, name, adapter)
-        for saved, array in adapter.saved.items():
-            place = places[name].saved[saved]
-            entry = checkpoint.entries.get(place or "")
-            if (place or saved) in (added if entry is None else replaced):
-                raise ValueError(f"two of the adapters save {saved!r}; the sum of two heads means nothing")
-            if entry is not None and entry.shape != array.shape:
-                raise ValueError(
-                    f"{saved!r} is {array.shape} in {name} and {entry.shape} in {checkpoint.folder}; give the "
-                    "checkpoint without this head, or the one that was trained on"
-                )
-            if entry is None and saved.removeprefix(places[name].prefix).partition(".")[0] in top:
-                raise ValueError(f"{saved!r} of {name} has no place in {checkpoint.folder}, and is no new head either")
-            with np.errstate(over="ignore"):  # an error below
-                cast = array.astype(own_dtype if entry is None else dtype_of(entry.dtype, place or ""))
-            if not finite(cast):
-                raise ValueError(f"{saved!r} of {name} holds a NaN or an infinity in the checkpoint's {cast.dtype}")
-            if entry is None:
-                prefix = places[name].prefix
-                added[saved] = cast
-            else:
-                replaced[str(place)] = cast
-    rename = {name: prefix + name for name in checkpoint.entries} if prefix else {}
-    return replaced, added, rename
-
-
-def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
-    """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
-    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", _HEAD not in checkpoint.entries):
-        return
-    for saved in adapter.saved:
-        if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
-            raise ValueError(
-                f"{name} saves {saved!r}, and {checkpoint.folder} ties its head to its embedding, so that whoever "
-                "loads a merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the "
-                "base (tie_word_embeddings: false and a lm_head.weight of its own) before training"
-            )
-
-
-def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything beside the weights: configuration, tokenizer, index, folders. No other copy of the old weights."""
-    shards = {file.name for file in checkpoint.headers}
-    stale = shutil.ignore_patterns(
-        *(pattern.partition("/")[0] for pattern in NOT_FETCHED), "openvino", ".cache", ".git"
-    )
-    for entry in checkpoint.folder.iterdir():
-        weights = entry.suffix == ".safetensors" or stale(str(checkpoint.folder), [entry.name])
-        if entry.name in shards or weights or entry.name == MERGED_FILE:
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, folder / entry.name)
-        else:
-            shutil.copyfile(entry, folder / entry.name)
-
-
-def _write_index(folder: Path, checkpoint: Checkpoint, rename: Mapping[str, str], added: Mapping[str, Any]) -> None:
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        return
-    index = read_index(path)
-    index["weight_map"] = {rename.get(name, name): file for name, file in index["weight_map"].items()}
-    index["weight_map"] |= dict.fromkeys(added, list(checkpoint.headers)[-1].name)
-    if "total_size" in (index.get("metadata") or {}):
-        index["metadata"]["total_size"] += sum(array.nbytes for array in added.values())
-    path.write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_config(
-    folder: Path, final: Path, adapters: Iterable[ModuleAdapters], added: Mapping[str, np.ndarray]
-) -> None:
-    """The class that has the added head and the number of its labels; transformers makes a head of these."""
-    task_type = next((adapter.config.task_type for adapter in adapters if added.keys() & adapter.saved), None)
-    path = folder / "config.json"
-    content = read_json(path)
-    own = re.match(r"(\w+?)(For[A-Z]\w+|LMHeadModel|Model)$", str((content.get("architectures") or [""])[0]))
-    if own is None or task_type not in _CLASSES:
-        logger.warning(
-            "%s: the head (%s) is added, but config.json stays as it is: its architectures=%s and task_type=%r name no "
-            "class for it",
-            final, ", ".join(added), content.get("architectures"), task_type,
-        )  # fmt: skip
-        return
-    content["architectures"] = [own[1] + _CLASSES[task_type]]
-    labels = label_count(added)
-    if labels is not None and len(content.get("id2label") or {}) != labels:
-        content["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-        content["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
-    path.write_text(json.dumps(content, indent=2) + "\n")

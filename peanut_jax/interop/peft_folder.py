@@ -12,29 +12,17 @@ import numpy as np
 from peanut_jax.files.atomic import refuse_filled, replacing_entries, write_text
 from peanut_jax.files.hub import local_folder, read_json
 from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
+from peanut_jax.interop.peft_fields import config_of, fields_of, own_fields
 from peanut_jax.interop.peft_types import PeftType, type_named, type_of
-from peanut_jax.methods.base import TASK_HEADS, Method
+from peanut_jax.methods.base import Method
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT_KEY = "peanut_jax.base_fingerprint"
 DTYPE_KEY = "peanut_jax.base_dtype"
 
-# Fields of PEFT 0.21.2's configs that say how a base is found or training starts, and nothing about the function.
-_BOOKKEEPING = {
-    "auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config",
-}  # fmt: skip
-_LORA_BOOKKEEPING = {
-    "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
-    # Read by _lora_scaling, _own_fields and config_of.
-    "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-}  # fmt: skip
-# Fields of ours that say how a Flax tree is read, which the shapes of an adapter's tensors tell too.
-_NOT_IN_FILES = {"kernel_axes"}
 # The tensors of HF's heads that have a row a label.
 _LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
-# LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
-_PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +77,7 @@ def write(folder: str | Path, adapter: ModuleAdapters, *, overwrite: bool = Fals
     tensors |= {PREFIX + name: array for name, array in adapter.saved.items()}
     metadata = {FINGERPRINT_KEY: json.dumps(adapter.fingerprint)} if adapter.fingerprint else {}
     metadata |= {DTYPE_KEY: adapter.base_dtype} if adapter.base_dtype else {}
-    text = json.dumps(_fields(adapter.config, row), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(fields_of(adapter.config, row), indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     refuse_filled(folder, overwrite, CONFIG_FILE)
     with replacing_entries(folder) as temporary:
@@ -124,79 +112,14 @@ def read(folder: str | Path) -> ModuleAdapters:
         if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
             raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
         thetas, kept = _thetas(tensors, type_named(fields), config)
-        own_fields = _check_shapes(thetas, config, fields)
+        singled = _check_shapes(thetas, config, fields)
         prints = _fingerprint(metadata)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
     dtype = metadata.get(DTYPE_KEY)
     if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"{folder / WEIGHTS_FILE}: {DTYPE_KEY} is {dtype!r}, no floating dtype")
-    return ModuleAdapters(config, thetas, kept, prints, dtype, own_fields)
-
-
-def config_of(fields: Mapping[str, Any]) -> Method:
-    """The config that the fields of an `adapter_config.json` mean.
-
-    Raises:
-        ValueError: another peft_type, an unknown field that is set, a bad value.
-    """
-    row = type_named(fields)
-    own = {field.name for field in dataclasses.fields(row.method)} - _NOT_IN_FILES
-    given = {name: value for name, value in fields.items() if name in own}
-    _check_known(fields, own | _BOOKKEEPING | row.marks.keys() | (_LORA_BOOKKEEPING if row.is_lora else set()))
-    if row.is_lora:
-        if fields.get("init_lora_weights") not in _PLAIN_LORA_INITS:
-            raise ValueError(
-                f"init_lora_weights={fields['init_lora_weights']!r} trains on a changed base; convert the adapter in "
-                "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        given["dropout"] = fields.get("lora_dropout", given.get("dropout", 0.0))
-        given["scaling"] = _lora_scaling(fields, fields.get("r"), fields.get("lora_alpha", 8))
-    nullable = {field.name for field in dataclasses.fields(row.method) if field.default is None}
-    given = {name: value for name, value in given.items() if value not in (None, []) or name not in nullable}
-    config = row.method(**{**given, **row.fixed})
-    heads = TASK_HEADS.get(config.task_type or "", ())  # which PEFT writes among the saved modules
-    named = tuple(name for name in config.modules_to_save or () if name not in heads)
-    return dataclasses.replace(config, modules_to_save=named or None)
-
-
-def _check_known(fields: Mapping[str, Any], known: set[str]) -> None:
-    for name, value in fields.items():
-        if name not in known and value not in (None, False, [], {}, "none"):
-            raise ValueError(f"{name}={value!r} is not supported: the adapter would be another function without it")
-
-
-def _fields(config: Method, row: PeftType) -> dict[str, Any]:
-    """The fields of `adapter_config.json`."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    fields |= {"peft_type": row.name, "inference_mode": True, "auto_mapping": None, "revision": None}
-    for name in (*row.fixed, *_NOT_IN_FILES):
-        del fields[name]
-    dropout = fields.pop("dropout")
-    if row.is_lora:
-        alpha = fields["r"] * fields.pop("scaling")
-        fields |= {
-            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-            "lora_dropout": dropout,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "use_rslora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            **row.marks,
-        }
-    elif dropout:
-        fields["dropout"] = dropout
-    return fields
-
-
-def _lora_scaling(fields: Mapping[str, Any], r: Any, alpha: Any) -> float:
-    for name, value in (("r", r), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return alpha / r**0.5 if fields.get("use_rslora") else alpha / r
+    return ModuleAdapters(config, thetas, kept, prints, dtype, singled)
 
 
 def _thetas(
@@ -249,11 +172,11 @@ def _check_shapes(
     """Refuses thetas that are not the config's; the own fields of modules that LoRA's patterns single out."""
     if not thetas and config.ADAPTS_KERNELS:
         raise ValueError("no adapter tensors in it")
-    own_fields = {}
+    singled: dict[str, dict[str, Any]] = {}
     for module, theta in thetas.items():
-        own = _own_fields(module, config, fields)
+        own = own_fields(module, config, fields)
         if own:
-            own_fields[module] = own
+            singled[module] = own
         one = dataclasses.replace(config, **own)
         leaves = one.leaves()
         if theta.keys() != leaves.keys():
@@ -266,7 +189,7 @@ def _check_shapes(
                     f"module {module!r}: {leaf} is {theta[leaf].shape[::-1]} as stored, expected {shape[::-1]} "
                     f"for {', '.join(f'{word}={getattr(one, word)}' for word in words)}"
                 )
-    return own_fields
+    return singled
 
 
 def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
@@ -277,28 +200,6 @@ def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
             for word, size in zip(leaf.axes, theta[name].shape, strict=True):
                 found.setdefault(word, size)
     return found.get("in", 0), found.get("out", 0)
-
-
-def _own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Rank and scaling of a module, where LoRA's patterns make them other than the config's."""
-    if "lora_alpha" not in fields:
-        return {}
-    default = {"r": getattr(config, "r", None), "scaling": getattr(config, "scaling", None)}
-    r = _pattern(fields.get("rank_pattern"), module, default["r"])
-    alpha = _pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"])
-    own = {"r": r, "scaling": _lora_scaling(fields, r, alpha)}
-    return own if own != default else {}
-
-
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as PEFT reads rank_pattern."""
-    try:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-    except (AttributeError, re.error) as error:
-        raise ValueError(f"rank_pattern and alpha_pattern must map regular expressions, got {patterns!r}") from error
-    return default
 
 
 def _fingerprint(metadata: Mapping[str, str]) -> dict[str, str]:

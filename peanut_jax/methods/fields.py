@@ -1,7 +1,7 @@
 """Checks of a config's fields, which name the field, the value and what is allowed."""
 
+import math
 import re
-import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -42,14 +42,18 @@ def scale(name: str, value: Any) -> float:
     Raises:
         ValueError: anything else.
     """
-    if not is_real(value) or not 0 < value <= sys.float_info.max:
+    try:
+        number = float(value) if is_real(value) else math.nan
+    except OverflowError:  # a Python integer may be as large as it likes
+        number = math.inf
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    if not _SMALLEST <= value <= _LARGEST:
+    if not _SMALLEST <= number <= _LARGEST:
         raise ValueError(
             f"{name} must be between {_SMALLEST:.3g} and {_LARGEST:.3g}, the range of float32, in which it multiplies; "
             f"got {value!r}"
         )
-    return float(value)
+    return number
 
 
 def rate(name: str, value: Any) -> float:
@@ -111,7 +115,7 @@ def kernel_axes(name: str, value: Any) -> tuple[tuple[str, tuple[int, int]], ...
         return tuple(sorted((str(path), (int(n_in), int(n_out))) for path, (n_in, n_out) in pairs))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} must be what kernel_axes returns, path -> (inputs, outputs), got {value!r}"
+            f"{name} must be path -> (inputs, outputs), as peanut_jax.kernel_axes returns it, got {value!r}"
         ) from error
 
 

@@ -70,6 +70,15 @@ def test_sharding(family):
     assert pj.fingerprint(jax.tree.map(place, stack), CONFIG) == pj.fingerprint(one.params, CONFIG)
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (3, 6, 10)])
+def test_the_same_under_x64(shape):
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    want = np.asarray(digest(jnp.asarray(kernel)))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(digest(jnp.asarray(kernel)), want)
+        np.testing.assert_array_equal(digest(jnp.asarray(kernel, jnp.float64)), want)
+
+
 @given(st.integers(0, 15), st.integers(0, 23), st.integers(0, 15), st.integers(0, 23))
 def test_changes_show(row, column, other_row, other_column):
     kernel = jax.random.normal(jax.random.key(0), (16, 24))

@@ -1,7 +1,11 @@
 """Bad fields are refused by name, when the config is made."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
+import numpy as np
 import pytest
 
 import peanut_jax as pj
@@ -21,6 +25,12 @@ import peanut_jax as pj
         ({"scaling": math.nan}, "scaling must be a finite number above 0"),
         ({"scaling": math.inf}, "scaling must be a finite number above 0"),
         ({"scaling": "1"}, "scaling must be a finite number above 0"),
+        ({"scaling": 1e-44}, r"scaling must be between 1.18e-38 and 3.4e\+38, the range of float32.*got 1e-44"),
+        ({"scaling": 1e39}, r"scaling must be between .*got 1e\+39"),
+        ({"scaling": 10**400}, "scaling must be a finite number above 0"),
+        ({"r": np.bool_(True)}, "r must be an integer of at least 1"),
+        ({"r": np.float32(2)}, "r must be an integer of at least 1"),
+        ({"kernel_axes": {"q/kernel": 3}}, r"kernel_axes must be path -> \(inputs, outputs\)"),
         ({"act_fn": "rleu"}, r"act_fn must be one of \['elu', 'gelu'.*got 'rleu'"),
         ({"act_fn": None}, "act_fn must be one of"),
         ({"orientation": "rows"}, r"orientation must be one of \('output', 'input'\), got 'rows'"),
@@ -42,6 +52,46 @@ import peanut_jax as pj
 def test_a_bad_field_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         pj.PeanutConfig(**fields)
+
+
+def test_numpy_scalars_are_taken_for_what_they_are():
+    fields = {"r": np.int64(4), "depth": np.uint8(1), "scaling": np.float32(0.5), "dropout": np.float64(0.25)}
+    config = pj.PeanutConfig(**fields, layers_to_transform=np.arange(2))
+    assert config == pj.PeanutConfig(r=4, depth=1, scaling=0.5, dropout=0.25, layers_to_transform=[0, 1])
+    assert all(type(getattr(config, name)) in (int, float) for name in fields)
+    assert pj.LoraConfig(layers_to_transform=np.int32(3)).layers_to_transform == 3
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        (pj.LoraConfig, {"lora_alpha": 16}, r"LoraConfig has no field 'lora_alpha': set scaling = lora_alpha / r"),
+        (pj.PeanutConfig, {"dept": 1}, "PeanutConfig has no field 'dept': did you mean 'depth'"),
+        (pj.LoraConfig, {"orientation": "input"}, "LoraConfig has no field 'orientation'"),
+    ],
+)
+def test_a_field_that_there_is_not(method, fields, message):
+    with pytest.raises(TypeError, match=message):
+        method(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "modules_to_save must name the modules to train"),
+        ({"modules_to_save": ["head"], "target_modules": ["q"]}, "target_modules selects kernels"),
+        ({"modules_to_save": ["head"], "dropout": 0.1}, "dropout=0.1 falls on an adapter's input"),
+    ],
+)
+def test_a_subset_is_of_modules(fields, message):
+    with pytest.raises(ValueError, match=message):
+        pj.SubsetConfig(**fields)
+
+
+def test_a_config_survives_copies_and_pickles():
+    config = pj.DoraConfig(r=3, target_modules=["q"], kernel_axes={"q/kernel": (1, 2)})
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 def test_defaults_are_those_of_hf_peft():

@@ -35,7 +35,7 @@ def factor_moves(spec, orientation, stack):
     )
     shardings = state_shardings(state, params, config).adapters
     adapters = jax.tree.map(abstract, state.adapters, shardings)
-    held = NamedSharding(mesh, P(*parts, spec[0], None)), NamedSharding(mesh, P(*parts, None, spec[1]))
+    held = pj.LowRank(NamedSharding(mesh, P(*parts, spec[0], None)), NamedSharding(mesh, P(*parts, None, spec[1])))
     out = {"dense/kernel": held}
 
     def factors(adapters, params):

@@ -1,0 +1,66 @@
+"""Saved modules in a merged checkpoint: what they replace, what they add, and what cannot be."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from peanut_jax.files.hub import read_json
+from peanut_jax.files.safetensors import dtype_of, finite
+from peanut_jax.files.torch_checkpoint import Checkpoint
+from peanut_jax.interop.peft_folder import ModuleAdapters
+from peanut_jax.interop.places import Places
+
+_HEAD = "lm_head.weight"
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
+
+
+def saved_tensors(
+    checkpoint: Checkpoint, adapters: Mapping[str, ModuleAdapters], places: Mapping[str, Places]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+    """Tensors of saved modules: those to replace, those to add, and the renaming (old -> new) that adding asks for."""
+    replaced: dict[str, np.ndarray] = {}
+    added: dict[str, np.ndarray] = {}
+    prefix = ""
+    some = next(iter(next(iter(places.values())).tensors.values()))
+    own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
+    top = {name.partition(".")[0] for name in checkpoint.entries}
+    for name, adapter in adapters.items():
+        _check_tied(checkpoint, name, adapter)
+        for saved, array in adapter.saved.items():
+            place = places[name].saved[saved]
+            entry = checkpoint.entries.get(place or "")
+            if (place or saved) in (added if entry is None else replaced):
+                raise ValueError(f"two of the adapters save {saved!r}; the sum of two heads means nothing")
+            if entry is not None and entry.shape != array.shape:
+                raise ValueError(
+                    f"{saved!r} is {array.shape} in {name} and {entry.shape} in {checkpoint.folder}; give the "
+                    "checkpoint without this head, or the one that was trained on"
+                )
+            if entry is None and saved.removeprefix(places[name].prefix).partition(".")[0] in top:
+                raise ValueError(f"{saved!r} of {name} has no place in {checkpoint.folder}, and is no new head either")
+            with np.errstate(over="ignore"):  # an error below
+                cast = array.astype(own_dtype if entry is None else dtype_of(entry.dtype, place or ""))
+            if not finite(cast):
+                raise ValueError(f"{saved!r} of {name} holds a NaN or an infinity in the checkpoint's {cast.dtype}")
+            if entry is None:
+                prefix = places[name].prefix
+                added[saved] = cast
+            else:
+                replaced[str(place)] = cast
+    rename = {name: prefix + name for name in checkpoint.entries} if prefix else {}
+    return replaced, added, rename
+
+
+def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
+    """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
+    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", _HEAD not in checkpoint.entries):
+        return
+    for saved in adapter.saved:
+        if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
+            raise ValueError(
+                f"{name} saves {saved!r}, and {checkpoint.folder} ties its head to its embedding, so that whoever "
+                "loads a merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the "
+                "base (tie_word_embeddings: false and a lm_head.weight of its own) before training"
+            )
