@@ -63,8 +63,8 @@ def init(key: PRNGKeyArray, params: PyTree, config: Method) -> Adapters:
         Float32 thetas, and copies of the saved modules as they are.
 
     Raises:
-        ValueError: bad params or config (see `select`); a targeted kernel with a NaN or an infinity, by path; a key
-            that is none.
+        ValueError: bad params or config (see `select`); a targeted kernel with a NaN or an infinity, by path; a
+            key that is not a PRNG key.
         NotImplementedError: a target that is not a dense kernel.
 
     Examples:

@@ -24,7 +24,7 @@ class TrainState:
     Attributes:
         step: Optimizer steps taken.
         adapters: From `init`.
-        opt_state: Of the adapters alone.
+        opt_state: State of the optimizer, for the adapters alone.
         key: PRNG key; each step folds `step` into it, so a resumed run draws what an unbroken one draws.
     """
 
@@ -63,7 +63,7 @@ def make_train_step(
             scalar mean, `metrics` a dict of scalars. With a metric `"weight"` (say the tokens that count), microbatches
             are averaged in proportion to it; without, equally.
         tx: Any optax transformation. `partition` gives adapters and saved modules one each.
-        config: Of the adapters; `dropout` is applied.
+        config: The adapters' config; its `dropout` is applied.
         accumulate_steps: Microbatches; the leading axis of every leaf of `batch` is divided into that many.
         max_grad_norm: Clips the global norm of the gradient.
 

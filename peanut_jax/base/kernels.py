@@ -79,7 +79,7 @@ def flatten(params: PyTree) -> dict[str, Leaf]:
         params: The collection itself (what HF Flax models take) or a Linen variables dict that holds it.
 
     Raises:
-        ValueError: if it is no mapping of arrays, naming the first leaf that is none.
+        ValueError: if it is not a mapping of arrays, naming the first leaf that is not one.
     """
     if not isinstance(params, (dict, flax.core.FrozenDict)):
         raise ValueError(f"params must be a nested mapping of arrays, got {type(params).__name__}{_hint(params)}")

@@ -58,7 +58,7 @@ def select(params: PyTree, config: AdapterConfig) -> dict[str, Target]:
 
     Raises:
         ValueError: a target, exclusion, layer or saved module that matches nothing; everything excluded; no default.
-        NotImplementedError: a target that is no dense kernel.
+        NotImplementedError: a target that is not a dense kernel.
 
     References:
         `check_target_module_exists` in `peft/tuners/tuners_utils.py` of huggingface/peft 0.21.2. Ours differs in that

@@ -33,7 +33,7 @@ def save_adapter(
 
     `peft.PeftModel.from_pretrained` loads what PEFT has a function for: PEANuT of the output orientation with one of
     transformers' activations, and LoRA. It refuses the input orientation and nonlinear LoRA by their peft_type, `sin`
-    by its act_fn; `to_lora` is the road to torch for those. `dropout` is kept for `load_adapter`, and PEFT ignores it.
+    by its act_fn; `to_lora` brings those to torch. `dropout` is kept for `load_adapter`, and PEFT ignores it.
 
     A fingerprint of the base's kernels is written with a method that reads them, such as PEANuT, since its update is a
     function of them. Where the config names no base, `base_model_name_or_path` is what the library's loaders loaded
@@ -108,7 +108,7 @@ def by_module(
     """Thetas by torch module and saved tensors by torch name.
 
     Args:
-        rows: Of each kernel's stack.
+        rows: Rows of each kernel's stack.
         scanned: The containers of scanned layers.
     """
     thetas = {}

@@ -49,7 +49,7 @@ def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: i
         base: The checkpoint that the adapter was trained on.
         other: A merged checkpoint, or an adapter of `base` such as a LoRA that was exported.
         adapter: What `save_adapter` or HF PEFT wrote.
-        seed: Of the input, and of a head that neither checkpoint nor adapter holds.
+        seed: Seeds the input, and a head that neither checkpoint nor adapter holds.
 
     Raises:
         FileNotFoundError, ValueError: as `models.hf.load` and `load_adapter`.

@@ -169,7 +169,7 @@ class Method(AdapterConfig, abc.ABC):
         Args:
             theta: Name -> float32 array with the kernel's stack axes leading.
             kernel: W0 [*stack, d_in, d_out].
-            bias: Of the kernel's module, where it has one.
+            bias: The bias of the kernel's module, where it has one.
         """
 
     def shapes(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:

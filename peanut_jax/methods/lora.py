@@ -17,7 +17,7 @@ from peanut_jax.updates import LowRank
 class LoraConfig(RankMethod):
     """LoRA (dW = scaling * A @ B), and with an activation the paper's nonlinear LoRA (dW = scaling * act(A) @ B).
 
-    The baselines of the paper's table 5, on the same road as PEANuT.
+    The baselines of the paper's table 5, run as PEANuT is.
 
     Args:
         act_fn: `"linear"` for LoRA, any other activation for nonlinear LoRA.

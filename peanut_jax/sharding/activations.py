@@ -46,8 +46,8 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
     """`fn(params, ...)` with the activations of its dense layers and embeddings held to the batch's devices.
 
     What goes into a layer and comes out of it keeps its batch on `data` and `fsdp`, and its width on the `tensor` part
-    of the kernel's spec. Without this XLA may answer a kernel cut over fsdp by cutting the activations along their
-    width and adding them up over all devices; with it, it gathers the kernel where it is used, inside the layer scan.
+    of the kernel's spec. Without this XLA may answer a kernel sharded over fsdp by sharding the activations along
+    their width and adding them up over all devices; with it, it gathers the kernel where it is used, inside the layer scan.
     Updates that are bound beside the kernels are held to their specs. Only where arrays lie changes, never a number; a
     module whose weights are not those of `params` in shape is left alone.
 
@@ -62,7 +62,7 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
     batch, shards = batch_axes(mesh), batch_shards(mesh)
 
     def hold(x: Array, side: tuple) -> Array:
-        # A first axis that does not divide is no batch (a table of positions or distances).
+        # A first axis that does not divide is not a batch (a table of positions or distances).
         if x.ndim <= len(side) or x.shape[0] % shards:
             return x
         spec = Spec(batch, *[None] * (x.ndim - 1 - len(side)), *map(_without_batch, side))

@@ -39,8 +39,8 @@ def state_shardings(state: TrainState, params: PyTree, config: Method) -> TrainS
         params: The sharded base, or `jax.ShapeDtypeStruct`s that hold shardings.
 
     Returns:
-        The same tree with `NamedSharding`s. Leaves of the optimizer state that are an adapter leaf's (moments) are cut
-        as it is, the others replicated.
+        The same tree with `NamedSharding`s. Leaves of the optimizer state that belong to an adapter leaf (moments) are
+        sharded as it is, the others replicated.
     """
     flat, mesh = flatten(params), mesh_of(params)
     targets = select(params, config)
@@ -94,7 +94,7 @@ def init_state(
     Args:
         key: Split in two: for `init`, and for the train step.
         params: The sharded base.
-        tx: Of the train step.
+        tx: The train step's optimizer.
 
     Raises:
         ValueError: as `init`.
@@ -122,14 +122,14 @@ def sharded_train_step(
     accumulate_steps: int = 1,
     max_grad_norm: float | None = None,
 ) -> jax.stages.Wrapped:
-    """`make_train_step` over a mesh: activations are kept where they belong, and the state stays as it is cut.
+    """`make_train_step` over a mesh: activations are kept where they belong, and the state stays sharded as it is.
 
     Args:
         state: From `init_state`, or its shapes with shardings.
         params: The sharded base, or its shapes with shardings.
 
     Returns:
-        `step(state, params, batch) -> (state, metrics)`; the batch cut by `batch_sharding`.
+        `step(state, params, batch) -> (state, metrics)`; the batch sharded by `batch_sharding`.
 
     Raises:
         ValueError: as `make_train_step`; a state that is not on the mesh; a batch that does not divide over the mesh

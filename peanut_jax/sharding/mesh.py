@@ -1,4 +1,4 @@
-"""A mesh of devices, and a base laid out on it by rules: the only place that says how anything is cut."""
+"""A mesh of devices, and a base laid out on it by rules: the only place that says how anything is sharded."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from peanut_jax.base.kernels import Leaf, flatten, replace
 from peanut_jax.base.origin import carry
 
 AXES = ("data", "fsdp", "tensor")
-# The axes that cut the batch. fsdp cuts the parameters too, which each layer gathers before it runs.
+# The axes that the batch is sharded over. fsdp shards the parameters too, which each layer gathers before it runs.
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -30,7 +30,7 @@ def make_mesh(sizes: str, devices: Sequence[jax.Device] | None = None, *, explic
         explicit: Axes of type Explicit, where an array's type holds its sharding, instead of Auto.
 
     Raises:
-        ValueError: an unknown axis, a size that is no number, more or fewer places than there are devices.
+        ValueError: an unknown axis, a size that is not a number, more or fewer places than there are devices.
 
     Examples:
         >>> from peanut_jax.sharding import make_mesh
@@ -113,7 +113,7 @@ def _check_spec(path: str, shape: Sequence[int], spec: Spec, mesh: Mesh) -> None
 def shard(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """`params` spread over the mesh; each device gets its own slices. For `load_decoder` pass the mesh to it instead.
 
-    Of `jax.ShapeDtypeStruct`s it gives the same with shardings.
+    Given `jax.ShapeDtypeStruct`s, it returns them with shardings.
 
     Raises:
         ValueError: as `param_shardings`.
@@ -135,7 +135,7 @@ def _place(leaf: Leaf, sharding: NamedSharding) -> Leaf:
 
 
 def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes of the mesh that cut the batch.
+    """The axes of the mesh that the batch is sharded over.
 
     Raises:
         ValueError: a mesh with none of them.
@@ -149,12 +149,12 @@ def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the batch is cut."""
+    """Number of parts that the batch is sharded into."""
     return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch: its first axis over `data` and `fsdp`."""
+    """The sharding of a batch: its first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, Spec(batch_axes(mesh)))
 
 
