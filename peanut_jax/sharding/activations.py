@@ -47,9 +47,9 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
 
     What goes into a layer and comes out of it keeps its batch on `data` and `fsdp`, and its width on the `tensor` part
     of the kernel's spec. Without this XLA may answer a kernel sharded over fsdp by sharding the activations along
-    their width and adding them up over all devices; with it, it gathers the kernel where it is used, inside the layer scan.
-    Updates that are bound beside the kernels are held to their specs. Only where arrays lie changes, never a number; a
-    module whose weights are not those of `params` in shape is left alone.
+    their width and adding them up over all devices; with it, it gathers the kernel where it is used, inside the layer
+    scan. Updates that are bound beside the kernels are held to their specs. Only where arrays lie changes, never a
+    number; a module whose weights are not those of `params` in shape is left alone.
 
     Args:
         fn: Calls Linen modules with `params`, whose tree is that of `params` here.
