@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
@@ -19,6 +20,9 @@ from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.layers import Model
 from peanut_jax.training import LossFn
 
+# A batch's, of jax or numpy.
+Integers = Int[Array | np.ndarray, "batch seq"]
+Booleans = Bool[Array | np.ndarray, "batch seq"]
 # Tokens whose logits the loss forms at a time.
 CHUNK = 1024
 
@@ -41,11 +45,11 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch seq"],
-        attention_mask: Int[Array, "batch seq"] | None = None,
+        tokens: Integers,
+        attention_mask: Integers | Booleans | None = None,
         *,
-        segments: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
+        segments: Integers | None = None,
+        positions: Integers | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of every token, in float32.
 
@@ -61,12 +65,11 @@ class Decoder(nn.Module):
     def hidden(self, tokens, attention_mask=None, *, segments=None, positions=None):
         """What the head reads: [batch, seq, hidden_size]. Arguments as for `__call__`."""
         plain = attention_mask is None and segments is None and positions is None
-        real = jnp.ones_like(tokens, bool) if attention_mask is None else attention_mask.astype(bool)
+        real = jnp.ones_like(tokens, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         if segments is not None:
             real &= segments != 0
-            segments = renumber(segments)
-        if positions is None:
-            positions = count_positions(real, segments)
+            segments = renumber(jnp.asarray(segments))
+        positions = count_positions(real, segments) if positions is None else jnp.asarray(positions)
         key_positions = jnp.where(real, positions, -1)
         causal = plain and not any(self.config.windows)
         mask = None if causal else make_mask(positions, key_positions, segments, segments)
@@ -97,12 +100,12 @@ class Decoder(nn.Module):
 
     def loss(
         self,
-        tokens: Int[Array, "batch seq"],
-        labels: Int[Array, "batch seq"],
-        weights: Float[Array, "batch seq"],
-        attention_mask: Int[Array, "batch seq"] | None = None,
+        tokens: Integers,
+        labels: Integers,
+        weights: Float[Array | np.ndarray, "batch seq"] | Integers,
+        attention_mask: Integers | Booleans | None = None,
         *,
-        segments: Int[Array, "batch seq"] | None = None,
+        segments: Integers | None = None,
         chunk: int = CHUNK,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Summed cross-entropy and the sum of the weights, never holding more than `chunk` tokens' logits.
@@ -119,7 +122,7 @@ class Decoder(nn.Module):
         batch, seq = tokens.shape
         # Cut along the sequence: a batch that is spread over devices stays so.
         columns = min(seq, max(1, chunk // batch))
-        weights = weights.astype(jnp.float32)
+        labels, weights = jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
 
         def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
             h, label, weight = (array.reshape(-1, *array.shape[2:]) for array in part)
