@@ -13,8 +13,8 @@ from jaxtyping import install_import_hook, jaxtyped
 
 # The modules whose functions take arrays with shapes. Not here, because their own checks have to meet bad arguments:
 # the configs (`methods.base`, `lora`, `peanut`, `subset`), of which `update` alone is checked below, and `training`.
-# The pytrees of `training`, `adapters` and `models.cache` may also hold shapes, shardings, labels or the axes of a vmap in
-# the place of arrays.
+# The pytrees of `training`, `adapters` and `models.cache` may also hold shapes, shardings, labels or axes in the
+# place of arrays.
 CHECKED = [f"peanut_jax.{name}" for name in (
     "methods.activations", "methods.dora", "methods.peanut_start", "methods.tweaker", "matrices", "updates", "xla_cpu",
     "base.digest", "frontends.linen_modules", "sharding",
