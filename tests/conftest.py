@@ -12,14 +12,15 @@ from beartype import beartype
 from jaxtyping import install_import_hook, jaxtyped
 
 # The modules whose functions take arrays with shapes. Not here, because their own checks have to meet bad arguments:
-# the configs (`methods.base`, `lora`, `peanut`, `subset`), of which `update` alone is checked below, and `training`.
+# the configs (`methods.base`, `lora`, `peanut`, `subset`), of which `update` alone is checked below, `training`,
+# `models.generate` and `models.sampling`.
 # The pytrees of `training`, `adapters` and `models.cache` may also hold shapes, shardings, labels or axes in the
 # place of arrays.
 CHECKED = [f"peanut_jax.{name}" for name in (
     "methods.activations", "methods.dora", "methods.peanut_start", "methods.tweaker", "matrices", "updates", "xla_cpu",
     "base.digest", "frontends.linen_modules", "sharding",
-    "models.attention", "models.beam", "models.decoder", "models.decoding", "models.generate",
-    "models.layers", "models.rope", "models.sampling", "models.serving",
+    "models.attention", "models.beam", "models.decoder", "models.decoding", "models.layers", "models.rope",
+    "models.serving",
     "interop.lora", "interop.merged", "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
 )]  # fmt: skip
 with install_import_hook(CHECKED, "beartype.beartype"):
