@@ -1,9 +1,9 @@
-# make quickstart | make test | make lint | make docs: each creates .venv and installs what it needs.
+# make quickstart | make test | make test-all | make lint | make docs: each creates .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint pytest docs clean
+.PHONY: quickstart test test-all lint pytest docs clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m train.quickstart --out runs/quickstart
@@ -18,7 +18,11 @@ lint: $(VENV)/.test
 
 # In conftest.py's order.
 pytest: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not large"
+
+# What `make test` leaves out: the other combinations of the large matrices, and runs over several processes.
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m large
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

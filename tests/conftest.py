@@ -1,5 +1,6 @@
 """Eight host devices, shapes checked on every call, and no network."""
 
+import collections
 import os
 
 # Compiling is most of these tests' time, and LLVM's optimisations most of the compiling.
@@ -45,9 +46,28 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest files first, so that no worker ends with them alone."""
+    """The slowest files first, so that no worker ends with them alone; and what `make test` leaves to `make test-all`.
+
+    A test that is marked `matrix` runs there until each value of each of its parameters has come up; the other
+    combinations are `large`.
+    """
     slow = ("test_processes.py", "test_sharding.py", "test_run.py", "test_docs.py")
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
+    seen = collections.defaultdict(set)
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            values = {f"{name}={value if isinstance(value, _PLAIN) else id(value)}" for name, value in params_of(item)}
+            if values <= seen[item.nodeid.partition("[")[0]]:
+                item.add_marker(pytest.mark.large)
+            seen[item.nodeid.partition("[")[0]] |= values
+
+
+_PLAIN = (str, int, float, tuple, type(None))
+
+
+def params_of(item):
+    """(Name, value) of each parameter of a parametrised test."""
+    return item.callspec.params.items()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: f"{f['orientation']}{f['depth']}{f['act_fn']}")
 def test_forward_equals_merged_equals_numpy(case, fields):
     config, adapters = setting(case, **fields)
@@ -66,6 +67,7 @@ def test_forward_equals_merged_equals_numpy(case, fields):
             np.testing.assert_allclose(update[i], expected, atol=1e-5 * np.abs(expected).max() + 1e-7)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("orientation", ["output", "input"])
 def test_a_fresh_adapter_is_an_exact_no_op(case, orientation):
     config, adapters = setting(case, init_weights=True, depth=1, orientation=orientation)

@@ -47,6 +47,7 @@ def from_pretrained(one, folder):
     return type(one.twin.torch).from_pretrained(folder)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("orientation", ["output", "input"])
 @pytest.mark.parametrize("name", ALL)
 def test_torch_gives_the_adapted_logits(family, tmp_path, name, orientation):

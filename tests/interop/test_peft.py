@@ -33,6 +33,7 @@ def assert_identical(got, want):
     assert all(jax.tree.leaves(jax.tree.map(lambda g, w: g.dtype == w.dtype, got, want)))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("act_fn", ["relu", "gelu", "tanh", "silu"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("name", DENSE)

@@ -86,6 +86,7 @@ def tokens_and_mask(padding):
     return tokens, mask
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(family, name, padding):
@@ -200,6 +201,7 @@ def test_the_loss_keeps_a_batch_on_its_devices(family):
     assert "all-gather" not in text
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_and_unrolling_change_nothing(family, remat, unroll):

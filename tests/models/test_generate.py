@@ -48,6 +48,7 @@ def cut(row, eos):
     return row[: ends[0] + 1] if ends else row
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("eos", [(), (3,), tuple(range(3, 12)), tuple(range(3, 40))])
 def test_greedy_and_beams(models, num_beams, eos):

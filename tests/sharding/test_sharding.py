@@ -144,6 +144,7 @@ def one_device(name: str, orientation: str):
 CASES = [(name, orientation, sizes) for name in MODELS for orientation in ("output", "input") for sizes in MESHES]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "orientation", "sizes"), [*CASES, ("roberta", "output", "explicit"), ("llama", "input", "explicit")]
 )

@@ -71,7 +71,7 @@ def alone(tiny, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.large)])
 def test_processes_train_what_one_does(tiny, alone, tmp_path, processes):
     """With as many devices in all; the base cut over processes, each reading its own part of the data."""
     out = tmp_path / "run"
@@ -88,6 +88,7 @@ def test_processes_train_what_one_does(tiny, alone, tmp_path, processes):
     assert not any("complete after" in error or "training 8/8" in error for _, error in ended[1:])
 
 
+@pytest.mark.large
 def test_sigterm_to_one_process_saves_for_all(tiny, alone, tmp_path):
     """Any process may be told to stop; all stop after the same step, and one process goes on alone."""
     out = tmp_path / "run"
@@ -108,6 +109,7 @@ def test_sigterm_to_one_process_saves_for_all(tiny, alone, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.large
 def test_a_process_that_dies_stops_the_others(tiny, tmp_path):
     out = tmp_path / "run"
     running = start_all(tiny, out, 2, *LONG, "--set", "loop.log_every=1")
@@ -164,6 +166,7 @@ def test_a_run_killed_within_a_save_goes_on_exactly(tiny, tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 31))
 
 
+@pytest.mark.large
 def test_processes_that_slurm_started(tiny, alone, tmp_path):
     """Found from SLURM's environment alone, without an argument."""
     out = tmp_path / "run"
