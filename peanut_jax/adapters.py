@@ -97,8 +97,7 @@ def compute_updates(adapters: Adapters, params: PyTree, config: Method) -> Updat
     Raises:
         ValueError: if `adapters` does not belong to this config and these params, naming the leaves.
     """
-    flat = flatten(params)
-    targets = check(adapters, params, config)
+    targets, flat = check(adapters, params, config), flatten(params)
     return {path: _update(adapters.theta[path], flat, target, config) for path, target in targets.items()}
 
 
@@ -137,8 +136,7 @@ def merge(params: PyTree, adapters: Adapters, config: Method) -> PyTree:
     Raises:
         ValueError: an adapter that does not belong here; "NaNs detected in the merged weights", naming the kernels.
     """
-    flat = flatten(params)
-    targets = check(adapters, params, config)
+    targets, flat = check(adapters, params, config), flatten(params)
     merged = {}
     with jax.default_matmul_precision("highest"):
         for path, target in targets.items():
@@ -152,6 +150,7 @@ def merge(params: PyTree, adapters: Adapters, config: Method) -> PyTree:
 
 def with_saved(params: PyTree, adapters: Adapters) -> PyTree:
     """`params` with the leaves of the saved modules put in."""
+    check_adapters(adapters)
     return replace(params, adapters.saved) if adapters.saved else params
 
 
@@ -214,7 +213,8 @@ def check_key(key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     raw = dtype == jnp.uint32 and shape is not None and len(shape) == 1
     if not ((typed and shape == ()) or raw):
-        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {key!r}")
+        got = repr(key) if isinstance(key, int) else type(key).__name__
+        raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {got}")
 
 
 def check_finite(arrays: Mapping[str, Leaf], message: str) -> None:

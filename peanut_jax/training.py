@@ -1,7 +1,7 @@
 """Training: a step that differentiates the adapters alone, and the optax way for one tree that holds everything."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from peanut_jax.adapters import Adapters, check_key, compute_updates, labels, with_saved
-from peanut_jax.frontends.linen import bind
+from peanut_jax.frontends.linen import applying, bind
 from peanut_jax.methods.base import Method, checked
+from peanut_jax.methods.fields import is_real
 
 LossFn = Callable[[PyTree, PyTree, PRNGKeyArray], Any]
 
@@ -38,9 +39,10 @@ class TrainState:
         """The state before the first step. The arrays are copied: the step donates its state's buffers.
 
         Raises:
-            ValueError: an integer for a key.
+            ValueError: an integer for a key, something else than an optimizer.
         """
         check_key(key)
+        _check_optimizer(tx)
         adapters = jax.tree.map(jnp.array, adapters)
         return cls(step=jnp.zeros((), jnp.int32), adapters=adapters, opt_state=tx.init(adapters), key=jnp.array(key))
 
@@ -86,6 +88,7 @@ def make_train_step(
         (1, ['grad_norm', 'loss'])
     """
     checked(config)
+    _check_optimizer(tx)
     _check_arguments(loss_fn, accumulate_steps, max_grad_norm)
 
     def loss(seen, params, microbatch, key):
@@ -93,16 +96,22 @@ def make_train_step(
         adapted = bind(loss_fn, bound, config.dropout)
         result = adapted(with_saved(params, Adapters({}, saved)), microbatch, key)
         value, metrics = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(metrics, Mapping):
+            got = "array" if isinstance(metrics, jax.Array) else type(metrics).__name__
+            raise ValueError(f"loss_fn must return loss or (loss, dict of metrics), got {got} as metrics")
         metrics = {name: jnp.asarray(metric) for name, metric in {"loss": value, "weight": 1.0, **metrics}.items()}
         return value, metrics
 
     def step(state: TrainState, params: PyTree, batch: PyTree):
+        if not isinstance(state, TrainState):
+            raise ValueError(f"step takes (state, params, batch), got a {type(state).__name__} first")
         # What the model sees of the adapters: the updates, and the saved modules. Paid once, pulled back once.
         seen, pullback = jax.vjp(lambda a: (compute_updates(a, params, config), a.saved), state.adapters)
         key = jax.random.fold_in(state.key, state.step)
 
         def grads_of(batch, key):
-            return jax.grad(loss, has_aux=True)(seen, params, batch, key)
+            with applying({}):  # around the backward pass too, which may trace what a loss of its own rules calls
+                return jax.grad(loss, has_aux=True)(seen, params, batch, key)
 
         if accumulate_steps == 1:
             grads, metrics = grads_of(batch, key)
@@ -121,10 +130,15 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def _check_optimizer(tx: Any) -> None:
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise ValueError(f"tx must be an optax transformation such as optax.adamw(1e-3), got {type(tx).__name__}")
+
+
 def _check_arguments(loss_fn: LossFn, accumulate_steps: Any, max_grad_norm: Any) -> None:
-    if not isinstance(accumulate_steps, int) or accumulate_steps < 1:
+    if not isinstance(accumulate_steps, int) or isinstance(accumulate_steps, bool) or accumulate_steps < 1:
         raise ValueError(f"accumulate_steps must be an integer of at least 1, got {accumulate_steps!r}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if max_grad_norm is not None and (not is_real(max_grad_norm) or not max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}")
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function of (params, batch, key), got {type(loss_fn).__name__}")
@@ -171,6 +185,8 @@ def _split(batch: PyTree, n: int) -> PyTree:
     """[B, ...] -> [n, B / n, ...]. Strided, so that a batch axis sharded over devices stays sharded."""
 
     def split(leaf):
+        if not jnp.ndim(leaf):
+            raise ValueError("every leaf of batch must have the rows as its first axis to be divided, got a scalar")
         if leaf.shape[0] % n:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into accumulate_steps={n} microbatches")
         return jnp.swapaxes(leaf.reshape(leaf.shape[0] // n, n, *leaf.shape[1:]), 0, 1)

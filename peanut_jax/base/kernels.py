@@ -102,6 +102,8 @@ def _hint(value: Any) -> str:
     kind = type(value)
     if kind.__module__.startswith("flax.nnx"):
         return "; peanut_jax adapts Linen modules: an NNX model's state is not a Linen parameter tree"
+    if kind.__name__ == "Adapters":
+        return ": are adapters and params swapped?"
     if isinstance(value, nn.Module):
         return "; pass the variables that its init returned, not the module"
     return ""

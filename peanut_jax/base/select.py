@@ -203,7 +203,7 @@ def _layers(kernels: Sequence[Kernel], config: AdapterConfig) -> list[Target]:
 
 def _layer_index(module: str, patterns: Sequence[str]) -> int | None:
     for pattern in patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", module)
         if match:
             return int(match["index"])
     return None

@@ -16,7 +16,7 @@ import jax
 from jaxtyping import PyTree
 
 from peanut_jax.adapters import Adapters, check_adapters, compute_updates, with_saved
-from peanut_jax.base.kernels import BOUND, COLLECTION, replace
+from peanut_jax.base.kernels import BOUND, COLLECTION, flatten, replace
 from peanut_jax.frontends.linen_modules import added, dense_class, is_own_call
 from peanut_jax.frontends.used import unused
 from peanut_jax.methods.base import Method, checked
@@ -63,10 +63,14 @@ def adapt(fn: Callable, config: Method, *, train: bool = False) -> Callable:
         (1, 3)
     """
     checked(config)
+    _check_function(fn, "adapt")
+    earlier: set[str] = set()
 
     def forward(adapters: Adapters, params: PyTree, *args, **kwargs):
         check_adapters(adapters)
-        bound = bind(fn, compute_updates(adapters, params, config), config.dropout if train else 0.0)
+        _check_saved(params, adapters)
+        updates = compute_updates(adapters, params, config)
+        bound = _Call(fn, updates, config.dropout if train else 0.0, earlier)
         return bound(with_saved(params, adapters), *args, **kwargs)
 
     return forward
@@ -83,26 +87,56 @@ def bind(fn: Callable, updates: Mapping[str, Any], dropout: float = 0.0) -> Call
     Raises:
         ValueError: `updates` are none; when called, as `adapt`.
     """
-    known = checked_updates(updates, "bind")
+    _check_function(fn, "bind")
+    return _Call(fn, checked_updates(updates, "bind"), dropout, set())
 
-    def call(params: PyTree, *args, **kwargs):
-        def run(updates: Updates):
-            return fn(_with_bound(params, updates, dropout), *args, **kwargs)
 
-        with _applying(known) as seen:
-            out = run(known)
-            never = [path for path in known if path not in seen]
+class _Call:
+    """`fn` with updates bound into its first argument, as a function.
+
+    Attributes:
+        earlier: Kernels that earlier calls of the same function were seen to use, for a function that cannot be traced.
+    """
+
+    def __init__(self, fn: Callable, updates: Updates, dropout: float, earlier: set[str]) -> None:
+        self.fn, self.updates, self.dropout, self.earlier = fn, updates, dropout, earlier
+
+    def __call__(self, params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        def run(updates: Updates) -> Any:
+            return self.fn(_with_bound(params, updates, self.dropout), *args, **kwargs)
+
+        with applying(self.updates, params) as seen:
+            out = run(self.updates)
+            never = [path for path in self.updates if path not in seen]
             # A function that was traced before does not come by here again: then the program decides.
-            never = unused(run, known, never) if never else []
+            if never:
+                found = unused(run, self.updates, never)
+                never = [path for path in never if path not in self.earlier] if found is None else found
         if never:
             raise ValueError(
-                f"{len(never)} adapted kernels were never called, so their update is not in the result: "
-                f"{', '.join(never[:5])}{' ...' if len(never) > 5 else ''}. Leave out modules that this call does not "
-                "reach (exclude_modules). A parent that reads a child's kernel from its variables passes the update by"
+                f"{len(never)} adapted kernels were never called, or what they gave is not used, so their update is "
+                f"not in the result: {', '.join(never[:5])}{' ...' if len(never) > 5 else ''}. Call the model with the "
+                "params that the function is given, and leave out modules that this call does not reach "
+                "(exclude_modules)"
             )
+        self.earlier |= seen
         return out
 
-    return call
+
+def _check_function(fn: Any, caller: str) -> None:
+    if isinstance(fn, nn.Module):
+        raise ValueError(f"{caller} takes a function of params, got the module {type(fn).__name__}: pass its apply")
+    if not callable(fn):
+        raise ValueError(f"{caller} takes a function of params, got {type(fn).__name__}")
+
+
+def _check_saved(params: PyTree, adapters: Adapters) -> None:
+    """Refuses to replace a module that an adapter around this one changes: that update is of the kernel replaced."""
+    clash = [path for path in bound_in(params) if path.removesuffix(BOUND) + "kernel" in adapters.saved]
+    if clash:
+        raise ValueError(
+            f"{clash[0].removesuffix('/' + BOUND)!r} is adapted by one adapter and saved in full by another within it"
+        )
 
 
 def unbind(params: PyTree) -> PyTree:
@@ -111,6 +145,9 @@ def unbind(params: PyTree) -> PyTree:
     Args:
         params: As a loss function is given them.
     """
+
+    if not isinstance(params, Mapping):
+        raise ValueError(f"unbind takes the params that a function is given, got {type(params).__name__}")
 
     def without(tree: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in tree.items() if name != BOUND}
@@ -149,23 +186,53 @@ class _Run(threading.local):
 class _Watch:
     """Which of one call's updates were applied: by their arrays, else by the module's path."""
 
-    def __init__(self, updates: Updates) -> None:
+    def __init__(self, updates: Updates, params: PyTree) -> None:
         self.paths = set(updates)
-        self.owners = {id(leaf): path for path, update in updates.items() for leaf in jax.tree.leaves(update)}
+        self.kernels = {path: id(leaf) for path, leaf in flatten(params).items() if path in updates} if updates else {}
+        self.owners: dict[int, set[str]] = {}
+        for path, update in updates.items():
+            for leaf in jax.tree.leaves(update):
+                self.owners.setdefault(id(leaf), set()).add(path)
         self.seen: set[str] = set()
 
-    def note(self, path: str, bound: Bound) -> None:
-        owners = {self.owners[id(leaf)] for leaf in jax.tree.leaves(bound) if id(leaf) in self.owners}
-        self.seen |= owners or ({path} & self.paths)
+
+_CHANGED = (
+    "kernel {path!r} is not the one that params hold when its module runs: something between changes it, as nn.WeightNorm "
+    "or nn.map_variables do, and its update is of the kernel as it was. Leave the module out (exclude_modules), or merge"
+)
+
+
+def _note(path: str, bound: Bound, kernel: Any) -> None:
+    """Tells each watch which of its updates are being applied, beside which kernel.
+
+    Arrays are known by identity, but not those that a scan or a jit has made of them. Then the path tells, as long as
+    every watch that has an update of this path can have one of those that are bound here.
+    """
+    arrays = {id(leaf) for leaf in jax.tree.leaves(bound)}
+    known = False
+    for watch in _run.watches:
+        owned = [watch.owners[one] for one in arrays if one in watch.owners]
+        for paths in owned:
+            if path in paths and watch.kernels[path] != id(kernel):
+                raise NotImplementedError(_CHANGED.format(path=path))
+            watch.seen |= {path} if path in paths else paths if len(paths) == 1 else set()
+        known |= bool(owned)
+    holders = [watch for watch in _run.watches if path in watch.paths]
+    if not known and len(bound.updates) >= len(holders):
+        for watch in holders:
+            watch.seen.add(path)
 
 
 _run = _Run()
 
 
 @contextlib.contextmanager
-def _applying(updates: Updates) -> Iterator[set[str]]:
-    """Inside, modules whose params hold an update apply it. Yields the paths of `updates` that were, so far."""
-    watch = _Watch(updates)
+def applying(updates: Updates, params: PyTree = None) -> Iterator[set[str]]:
+    """Inside, modules whose params hold an update apply it. Yields the paths of `updates` that were, so far.
+
+    What is traced after a call has ended, such as the backward rule of a `jax.custom_vjp`, needs a context around that.
+    """
+    watch = _Watch(updates, params)
     first = not _run.watches
     _run.watches.append(watch)
     try:
@@ -194,8 +261,7 @@ def _apply(next_fun: Callable, args: tuple, kwargs: Mapping[str, Any], context: 
     if dense_class(module, kernel) is None or not is_own_call(context):
         return y  # a subclass: its base class's own call comes by here too
     bound: Any = module.get_variable(COLLECTION, BOUND)
-    for watch in _run.watches:
-        watch.note(kernel, bound)
+    _note(kernel, bound, module.get_variable(COLLECTION, "kernel"))
     x = args[0] if args else kwargs["inputs"]
     return y + added(module, x, y, bound.updates, bound.dropout, kernel)
 

@@ -98,7 +98,8 @@ def _axes(module: Any, x: Array) -> tuple[Axes, Axes, Axes]:
     if not isinstance(module, nn.DenseGeneral):
         return (x.ndim - 1,), (), (module.features,)
     axis, batch_dims, features = (_tuple(v) for v in (module.axis, module.batch_dims, module.features))
-    return tuple(i % x.ndim for i in axis), tuple(i % x.ndim for i in batch_dims), features
+    # In the order of the kernel's rows: Flax sorts both (flax 0.12, `_normalize_axes` in linen/linear.py).
+    return tuple(sorted(i % x.ndim for i in axis)), tuple(sorted(i % x.ndim for i in batch_dims)), features
 
 
 def _check_shapes(update: Update, stack: Axes, d_in: int, d_out: int, kernel: str) -> None:

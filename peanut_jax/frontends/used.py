@@ -15,11 +15,11 @@ _NEEDS_VALUES = (
 )
 
 
-def unused(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def unused(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
     """Those of `names` whose entry in `inputs`, a mapping of pytrees, no output of `fn(inputs)` depends on.
 
     Dead code is eliminated from the program, within its loops and inner calls too; an input that is then left over was
-    never used. Nothing is run. A function that cannot be traced, since it looks at values, is taken to use them all.
+    never used. Nothing is run. None for a function that cannot be traced, since it looks at values.
     """
     leaves, structure = jax.tree.flatten(inputs)
 
@@ -30,7 +30,7 @@ def unused(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Sequence[
     try:
         closed = jax.make_jaxpr(arrays)(leaves)
     except _NEEDS_VALUES:
-        return []
+        return None
     _, kept = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     uses = jax.tree.unflatten(structure, kept)
     return [name for name in names if not any(jax.tree.leaves(uses[name]))]

@@ -28,7 +28,7 @@ from peanut_jax.interop.peft import axes_of, from_tree, module_slots
 from peanut_jax.interop.peft_folder import CONFIG_FILE, ModuleAdapters, read, write
 from peanut_jax.interop.peft_selection import check_modules
 from peanut_jax.interop.peft_types import type_of
-from peanut_jax.interop.places import locate
+from peanut_jax.interop.places import locate, read_dense
 from peanut_jax.matrices import Plain
 from peanut_jax.methods.base import AdapterConfig, Method, Theta
 from peanut_jax.methods.lora import LoraConfig
@@ -68,7 +68,7 @@ def to_lora(
     thetas = {}
     for path, target in targets.items():
         with jax.default_matmul_precision("highest"):
-            update = _update(adapters.theta[path], Plain(target.matrix(flat[path])), unscaled)
+            update = _update(adapters.theta[path], Plain(target.matrix(flat[path])), target.bias(flat), unscaled)
         thetas[path] = _as_lora(update, path)
     lora = Adapters(thetas, adapters.saved)
     if folder is not None:
@@ -115,8 +115,8 @@ def to_lora_folder(
     unscaled = _unscaled(loaded.config)
     thetas = {}
     for module in track(list(loaded.thetas)):
-        tensor, transposed = checkpoint.read(places.tensors[module]), places.kernels[module].transposed
-        update, found = tensor_update(tensor, loaded.thetas[module], unscaled, loaded.update_dtype, transposed)
+        (tensor, bias), transposed = read_dense(checkpoint, places.tensors[module]), places.kernels[module].transposed
+        update, found = tensor_update(tensor, bias, loaded.thetas[module], unscaled, loaded.update_dtype, transposed)
         if base_checked and loaded.fingerprint:
             fingerprint.check({module: found}, loaded.fingerprint, str(adapter), str(source))
         thetas[module] = {name: np.asarray(side) for name, side in _as_lora(update, module).items()}
@@ -218,6 +218,7 @@ def init_from_factors(
 
 def tensor_update(
     tensor: Float[np.ndarray, "rows columns"],
+    bias: Float[np.ndarray, " d_out"] | None,
     theta: Mapping[str, np.ndarray],
     config: Method,
     dtype: str,
@@ -229,19 +230,21 @@ def tensor_update(
         conv1d: The tensor is [d_in, d_out], as GPT-2's; a Linear's is [d_out, d_in].
     """
     with jax.default_matmul_precision("highest"):
-        update, found = _tensor_update(tensor, theta, config, dtype, conv1d)
+        update, found = _tensor_update(tensor, bias, theta, config, dtype, conv1d)
     return update, hexadecimal(jax.device_get(found))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _tensor_update(tensor: Array, theta: Theta, config: Method, dtype: str, conv1d: bool) -> tuple[KernelUpdate, Array]:
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _tensor_update(
+    tensor: Array, bias: Array | None, theta: Theta, config: Method, dtype: str, conv1d: bool
+) -> tuple[KernelUpdate, Array]:
     kernel = (tensor if conv1d else tensor.T).astype(dtype)
-    return config.update(theta, Plain(kernel)), digest(kernel)
+    return config.update(theta, Plain(kernel), bias), digest(kernel)
 
 
-@partial(jax.jit, static_argnums=2)
-def _update(theta: Theta, kernel: Plain, config: Method) -> KernelUpdate:
-    return config.update(theta, kernel)
+@partial(jax.jit, static_argnums=3)
+def _update(theta: Theta, kernel: Plain, bias: Array | None, config: Method) -> KernelUpdate:
+    return config.update(theta, kernel, bias)
 
 
 def _as_lora(update: KernelUpdate, name: str) -> Theta:

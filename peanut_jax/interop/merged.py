@@ -24,7 +24,7 @@ from peanut_jax.interop.merged_files import copy_others, write_config, write_ind
 from peanut_jax.interop.merged_saved import saved_tensors
 from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_folder import ModuleAdapters, read
-from peanut_jax.interop.places import Places, locate
+from peanut_jax.interop.places import Places, locate, read_dense
 from peanut_jax.methods.base import Method
 from peanut_jax.updates import KernelUpdate, combine, outputs
 
@@ -169,10 +169,12 @@ def _merged(
 ) -> np.ndarray:
     """The tensor with every adapter's update, each of the original kernel."""
     conv1d = places[uses[0][0]].kernels[uses[0][1]].transposed
-    tensor, updates = checkpoint.read(name), []
+    (tensor, bias), updates = read_dense(checkpoint, name), []
     for adapter, module in uses:
         one = adapters[adapter]
-        update, found = tensor_update(tensor, one.thetas[module], one.module_config(module), one.update_dtype, conv1d)
+        update, found = tensor_update(
+            tensor, bias, one.thetas[module], one.module_config(module), one.update_dtype, conv1d
+        )
         if one.fingerprint:
             fingerprint.check({module: found}, one.fingerprint, adapter, str(checkpoint.folder))
         updates.append({name: update})

@@ -23,7 +23,9 @@ def saved_tensors(
     replaced: dict[str, np.ndarray] = {}
     added: dict[str, np.ndarray] = {}
     prefix = ""
-    some = next(iter(next(iter(places.values())).tensors.values()))
+    some = next(
+        (tensor for place in places.values() for tensor in place.tensors.values()), next(iter(checkpoint.entries))
+    )
     own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
     top = {name.partition(".")[0] for name in checkpoint.entries}
     for name, adapter in adapters.items():
@@ -37,6 +39,11 @@ def saved_tensors(
                 raise ValueError(
                     f"{saved!r} is {array.shape} in {name} and {entry.shape} in {checkpoint.folder}; give the "
                     "checkpoint without this head, or the one that was trained on"
+                )
+            if entry is None and not places[name].tensors:
+                raise ValueError(
+                    f"{saved!r} of {name} has no place in {checkpoint.folder}, and no adapted kernel says what the "
+                    "base is called beside it: give the checkpoint of a model with this head"
                 )
             if entry is None and saved.removeprefix(places[name].prefix).partition(".")[0] in top:
                 raise ValueError(f"{saved!r} of {name} has no place in {checkpoint.folder}, and is no new head either")

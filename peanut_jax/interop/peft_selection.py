@@ -32,7 +32,7 @@ def _selected(config: Method, modules: Iterable[str], saved_modules: Collection[
         patterns = config.layers_pattern or r"[^.]*"
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
             prefix = r".*?\." if config.layers_pattern is None else r"(?:^|.*?\.)"
-            if match := re.match(rf"{prefix}{pattern}\.(\d+)\.", module):
+            if match := re.match(rf"{prefix}(?:{pattern})\.(\d+)\.", module):
                 return int(match[1])
         return None
 

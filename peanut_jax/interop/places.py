@@ -32,6 +32,12 @@ class Places:
     prefix: str
 
 
+def read_dense(checkpoint: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The weight `name` of a dense layer, and its bias, None where it has none."""
+    bias = name.removesuffix("weight") + "bias"
+    return checkpoint.read(name), checkpoint.read(bias) if bias in checkpoint.entries else None
+
+
 def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
     """Finds an adapter's modules in a checkpoint, with or without the prefix of a model with a head.
 
@@ -39,6 +45,8 @@ def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
         ValueError: a module that is not there, or whose weight does not have the shape that theta asks for.
     """
     modules, entries = list(adapter.thetas), checkpoint.entries
+    if not modules:  # saved modules alone, which are called what the checkpoint calls them
+        return Places({}, {}, {name: _saved_place(name, entries, "", "") for name in adapter.saved}, "")
     first = {module.partition(".")[0] for module in modules}
     off = f"{first.pop()}." if len(first) == 1 else ""
     on = {f"{name.partition('.')[0]}." for name in entries if "." in name}

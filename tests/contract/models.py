@@ -91,7 +91,7 @@ class Attention(nn.Module):
         mixed = nn.DenseGeneral(16, axis=(-2, -1), name="o", use_bias=False)(nn.tanh(q) * v)
         heads = mixed.reshape(*mixed.shape[:-1], 2, 8).transpose(2, 0, 1, 3)
         per_head = nn.DenseGeneral(8, axis=-1, batch_dims=(0,), name="per_head")(heads)
-        turned = nn.DenseGeneral(7, axis=(0, -1), name="first_and_last", use_bias=False)(per_head)
+        turned = nn.DenseGeneral(7, axis=(-1, 0), name="last_and_first", use_bias=False)(per_head)
         return turned
 
 

@@ -208,6 +208,62 @@ def test_a_function_that_looks_at_values_is_not_blamed():
         assert pj.adapt(by_value, CONFIG)(ADAPTERS, PARAMS, X) == "large"
 
 
+def test_an_adapter_that_hides_another_is_named():
+    """The inner one is given the plain params: the outer one's update is nowhere, though its modules run."""
+    inside = pj.adapt(NET.apply, CONFIG)
+    outer = pj.adapt(lambda params, x: inside(ADAPTERS, PARAMS, x), CONFIG)
+    with pytest.raises(ValueError, match="2 adapted kernels were never called"):
+        outer(pj.init(jax.random.key(7), PARAMS, CONFIG), PARAMS, X)
+
+
+def test_forgotten_params_are_named_where_values_are_looked_at():
+    with pytest.raises(ValueError, match="2 adapted kernels were never called"):
+        pj.adapt(lambda params, x: np.asarray(NET.apply(PARAMS, x)), CONFIG)(ADAPTERS, PARAMS, X)
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 3])
+def test_a_backward_rule_of_the_losses_own_sees_the_updates(accumulate_steps):
+    """It is traced after the forward pass has ended."""
+
+    @jax.custom_vjp
+    def recomputed(params, x):
+        return NET.apply(params, x)
+
+    recomputed.defvjp(lambda p, x: (NET.apply(p, x), (p, x)), lambda saved, g: jax.vjp(NET.apply, *saved)[1](g))
+    found = []
+    for run in (NET.apply, recomputed):
+        step = pj.make_train_step(
+            lambda p, x, key, run=run: jnp.mean(run(p, x) ** 2), TX, CONFIG, accumulate_steps=accumulate_steps
+        )
+        found.append(step(pj.TrainState.create(ADAPTERS, TX, jax.random.key(0)), PARAMS, X)[0].opt_state)
+    close(*found)
+
+
+def test_a_kernel_that_is_changed_before_its_module_runs_is_named():
+    model = nn.WeightNorm(nn.Dense(3))
+    params = model.init(jax.random.key(0), X)
+    adapters = pj.init(jax.random.key(1), params, CONFIG)
+    with pytest.raises(NotImplementedError, match="is not the one that params hold when its module runs"):
+        pj.adapt(model.apply, CONFIG)(adapters, params, X)
+
+
+def test_one_update_at_two_paths():
+    update = pj.factors(ADAPTERS, PARAMS, CONFIG)["head/kernel"]
+    params = {"params": {"a": PARAMS["params"]["head"], "b": PARAMS["params"]["head"]}}
+    with pytest.raises(ValueError, match=r"1 adapted kernels were never called.*: b/kernel\. "):
+        pj.bind(
+            lambda p, x: nn.Dense(2).apply({"params": p["params"]["a"]}, x), {"a/kernel": update, "b/kernel": update}
+        )(params, jnp.ones((1, 5)))
+
+
+def test_a_module_that_is_adapted_and_saved_is_named():
+    saved = pj.SubsetConfig(modules_to_save=["head"])
+    inside = pj.adapt(NET.apply, saved)
+    start = pj.init(jax.random.key(0), PARAMS, saved)
+    with pytest.raises(ValueError, match="'head' is adapted by one adapter and saved in full by another"):
+        pj.adapt(lambda params, x: inside(start, params, x), CONFIG)(ADAPTERS, PARAMS, X)
+
+
 # ---- 5. threads
 
 
@@ -339,7 +395,19 @@ def test_a_bare_layer(targets):
     ("call", "message"),
     [
         (lambda: pj.adapt(NET.apply, CONFIG)(PARAMS, ADAPTERS, X), "got dict: are adapters and params swapped"),
-        (lambda: pj.merge(ADAPTERS, PARAMS, CONFIG), "nested mapping of arrays, got Adapters"),
+        (lambda: pj.merge(ADAPTERS, PARAMS, CONFIG), "are adapters and params swapped"),
+        (lambda: pj.init(PARAMS, jax.random.key(0), CONFIG), r"key must be a PRNG key .*, got dict"),
+        (lambda: pj.with_saved(ADAPTERS, PARAMS), "are adapters and params swapped"),
+        (lambda: pj.unbind(ADAPTERS), "unbind takes the params that a function is given, got Adapters"),
+        (lambda: pj.adapt(NET, CONFIG), "got the module Net: pass its apply"),
+        (lambda: pj.TrainState.create(ADAPTERS, 1e-3, jax.random.key(0)), "tx must be an optax transformation"),
+        (lambda: pj.make_train_step(lambda p, b, k: 0.0, TX, CONFIG)(PARAMS, ADAPTERS, X), "got a dict first"),
+        (
+            lambda: pj.make_train_step(lambda p, b, k: (NET.apply(p, b).sum(), NET.apply(p, b)), TX, CONFIG)(
+                pj.TrainState.create(ADAPTERS, TX, jax.random.key(0)), PARAMS, X
+            ),
+            r"loss_fn must return loss or \(loss, dict of metrics\), got array as metrics",
+        ),
         (lambda: pj.adapt(NET.apply, ADAPTERS), r"config must be a method such as PeanutConfig\(r=8\).*got Adapters"),
         (lambda: pj.adapt(NET.apply, pj.PeanutConfig), "got PeanutConfig itself, not an instance"),
         (lambda: pj.bind(NET.apply, ADAPTERS), r"bind takes the mapping that .*compute_updates.*got Adapters"),
