@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from peanut_jax.adapters import Adapters, check_adapters, compute_updates, with_saved
 from peanut_jax.base.kernels import BOUND, COLLECTION, flatten, replace
 from peanut_jax.frontends.linen_modules import added, dense_class, is_own_call
-from peanut_jax.frontends.used import unused
+from peanut_jax.frontends.used import never_changes, unused
 from peanut_jax.methods.base import Method, checked
 from peanut_jax.updates import Update, Updates
 from peanut_jax.updates import checked as checked_updates
@@ -64,13 +64,12 @@ def adapt(fn: Callable, config: Method, *, train: bool = False) -> Callable:
     """
     checked(config)
     _check_function(fn, "adapt")
-    earlier: set[str] = set()
 
     def forward(adapters: Adapters, params: PyTree, *args, **kwargs):
         check_adapters(adapters)
         _check_saved(params, adapters)
         updates = compute_updates(adapters, params, config)
-        bound = _Call(fn, updates, config.dropout if train else 0.0, earlier)
+        bound = _bound(fn, updates, config.dropout if train else 0.0)
         return bound(with_saved(params, adapters), *args, **kwargs)
 
     return forward
@@ -88,30 +87,21 @@ def bind(fn: Callable, updates: Mapping[str, Any], dropout: float = 0.0) -> Call
         ValueError: `updates` are none; when called, as `adapt`.
     """
     _check_function(fn, "bind")
-    return _Call(fn, checked_updates(updates, "bind"), dropout, set())
+    return _bound(fn, checked_updates(updates, "bind"), dropout)
 
 
-class _Call:
-    """`fn` with updates bound into its first argument, as a function.
-
-    Attributes:
-        earlier: Kernels that earlier calls of the same function were seen to use, for a function that cannot be traced.
-    """
-
-    def __init__(self, fn: Callable, updates: Updates, dropout: float, earlier: set[str]) -> None:
-        self.fn, self.updates, self.dropout, self.earlier = fn, updates, dropout, earlier
-
-    def __call__(self, params: PyTree, *args: Any, **kwargs: Any) -> Any:
+def _bound(fn: Callable, updates: Updates, dropout: float) -> Callable:
+    def call(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         def run(updates: Updates) -> Any:
-            return self.fn(_with_bound(params, updates, self.dropout), *args, **kwargs)
+            return fn(_with_bound(params, updates, dropout), *args, **kwargs)
 
-        with applying(self.updates, params) as seen:
-            out = run(self.updates)
-            never = [path for path in self.updates if path not in seen]
-            # A function that was traced before does not come by here again: then the program decides.
+        with applying(updates, params) as seen:
+            out = run(updates)
+            never = [path for path in updates if path not in seen]
+            # A function that was traced before does not come by here again: then the program decides, or the result.
             if never:
-                found = unused(run, self.updates, never)
-                never = [path for path in never if path not in self.earlier] if found is None else found
+                found = unused(run, updates, never)
+                never = never_changes(run, updates, never, out) if found is None else found
         if never:
             raise ValueError(
                 f"{len(never)} adapted kernels were never called, or what they gave is not used, so their update is "
@@ -119,8 +109,9 @@ class _Call:
                 "params that the function is given, and leave out modules that this call does not reach "
                 "(exclude_modules)"
             )
-        self.earlier |= seen
         return out
+
+    return call
 
 
 def _check_function(fn: Any, caller: str) -> None:
@@ -197,8 +188,9 @@ class _Watch:
 
 
 _CHANGED = (
-    "kernel {path!r} is not the one that params hold when its module runs: something between changes it, as nn.WeightNorm "
-    "or nn.map_variables do, and its update is of the kernel as it was. Leave the module out (exclude_modules), or merge"
+    "kernel {path!r} is not the one that params hold when its module runs: something between changes it, as "
+    "nn.WeightNorm or nn.map_variables do, and its update is of the kernel as it was. Leave the module out "
+    "(exclude_modules), or merge"
 )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
 
 # What a function raises that looks at values and so cannot be traced without them.
@@ -34,3 +36,18 @@ def unused(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Sequence[
     _, kept = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     uses = jax.tree.unflatten(structure, kept)
     return [name for name in names if not any(jax.tree.leaves(uses[name]))]
+
+
+def never_changes(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Sequence[str], out: Any) -> list[str]:
+    """`names`, if `fn(inputs)` is still `out` where their entries are NaN; else none of them.
+
+    For a function that `unused` cannot trace: it is run a second time.
+    """
+    broken = {name: jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), inputs[name]) for name in names}
+    try:
+        other = fn({**inputs, **broken})
+    except (ValueError, TypeError, ArithmeticError, AssertionError):  # what it says of a NaN
+        return []
+    (before, structure), (after, other_structure) = jax.tree.flatten(out), jax.tree.flatten(other)
+    same = structure == other_structure and all(map(np.array_equal, before, after))
+    return list(names) if same else []

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self,
         tokens: Integers,
         labels: Integers,
-        weights: Float[Array | np.ndarray, "batch seq"] | Integers,
+        weights: Float[Array | np.ndarray, "batch seq"] | Integers | Booleans,
         attention_mask: Integers | Booleans | None = None,
         *,
         segments: Integers | None = None,

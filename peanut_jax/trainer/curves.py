@@ -65,7 +65,7 @@ def plot_curves(folder: Path) -> Path:
     return folder / CURVES
 
 
-def _curves(rows: list[dict[str, float]]) -> _Curves:
+def _curves(rows: list[dict[str, int | float]]) -> _Curves:
     curves = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         steps, values = np.array([(row["step"], row[name]) for row in rows if name in row], dtype=float).T

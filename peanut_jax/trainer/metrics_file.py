@@ -18,7 +18,7 @@ def line(step: int, metrics: Mapping[str, float]) -> str:
     return json.dumps({"step": step, "time": time.time()} | values, allow_nan=False) + "\n"
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, int | float]]:
     """The rows of `metrics.jsonl` in a run's folder, in the order written.
 
     A last line that a kill cut short is left out.

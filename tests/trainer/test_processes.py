@@ -143,6 +143,7 @@ def test_processes_that_never_come(tiny, tmp_path, process_id):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.large
 def test_a_run_killed_within_a_save_goes_on_exactly(tiny, tmp_path):
     """SIGKILL as soon as a checkpoint is half there; the resumed run ends where the one left alone does."""
     arguments = ["--set", "loop.steps=30", "--set", "loop.save_every=1", "--set", "loop.eval_every=null"]
