@@ -48,6 +48,6 @@ def never_changes(fn: Callable[[Any], Any], inputs: Mapping[str, Any], names: Se
         other = fn({**inputs, **broken})
     except (ValueError, TypeError, ArithmeticError, AssertionError):  # what it says of a NaN
         return []
-    (before, structure), (after, other_structure) = jax.tree.flatten(out), jax.tree.flatten(other)
-    same = structure == other_structure and all(map(np.array_equal, before, after))
+    structures: list[Any] = [jax.tree.structure(one) for one in (out, other)]
+    same = structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(out), jax.tree.leaves(other)))
     return list(names) if same else []
