@@ -92,6 +92,7 @@ def test_the_estimate_counts_links_and_nodes():
     assert Plan(0, 0, 0, 0, 10**15, (), 0).seconds(CHIPS["h100"]) == pytest.approx(1e15 / (989e12 * 0.5))
 
 
+@pytest.mark.large
 def test_llama_70b_on_256_devices(tmp_path):
     """In a process of its own, whose devices are not fixed yet."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -76,6 +76,7 @@ def test_a_fresh_adapter_is_an_exact_no_op(case, orientation):
     jax.tree.map(np.testing.assert_array_equal, merge(case.params, adapters, config), case.params)
 
 
+@pytest.mark.large
 def test_a_bfloat16_base_gives_bfloat16_outputs_and_float32_gradients(case):
     config, adapters = setting(case, depth=1)
     params = case.cast(jnp.bfloat16)
@@ -92,6 +93,7 @@ def test_a_bfloat16_base_gives_bfloat16_outputs_and_float32_gradients(case):
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.large
 def test_transforms_compose(case):
     """grad under jit, vmap over adapters, pmap over the batch, remat: all of the same function."""
     config, adapters = setting(case)

@@ -156,6 +156,7 @@ def test_layers_that_are_not_chosen_stay(twin):
     )
 
 
+@pytest.mark.large
 def test_a_mesh_trains_what_one_device_does(twin):
     """Magnitudes follow their kernels' columns."""
     config = pj.DoraConfig(r=2, target_modules=["query", "output.dense"])

@@ -251,7 +251,7 @@ def test_module_names_are_transformers(family):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("orientation", ["output", "input"])
+@pytest.mark.parametrize("orientation", ["output", pytest.param("input", marks=pytest.mark.large)])
 def test_training(family, orientation):
     """Through scan, remat and the chunked head, itself adapted: the gradient is that of the merged weights."""
     _, _, model, params = family("llama3")

@@ -77,7 +77,9 @@ def adapter(params, seed, **fields):
     return adapters, config
 
 
-@pytest.mark.parametrize(("num_beams", "scan_layers"), [(1, True), (4, True), (4, False)])
+@pytest.mark.parametrize(
+    ("num_beams", "scan_layers"), [(1, True), pytest.param(4, True, marks=pytest.mark.large), (4, False)]
+)
 def test_adapters_merged_unmerged_and_side_by_side(llama, llama_folder, num_beams, scan_layers):
     _, model, params = llama
     if not scan_layers:
@@ -138,7 +140,7 @@ def test_filters_are_transformers(sampling):
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no {STORIES}")
-@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(4, marks=pytest.mark.large)])
 def test_stories(num_beams):
     """Real weights with a tied head: 199 tokens, each torch's."""
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(STORIES).eval()

@@ -210,6 +210,7 @@ def test_msgpack_in_shards(bert, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, hf.load(tmp_path)[1])
 
 
+@pytest.mark.large
 def test_generates_as_torch_does(tmp_path):
     """With the cache, and with the checkpoint's own generation_config.json."""
     import torch

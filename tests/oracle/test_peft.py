@@ -96,6 +96,7 @@ def assert_trees_close(got, want):
     jax.tree.map_with_path(lambda path, g, w: assert_close(g, w, path), got, want)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_updates_logits_and_gradients(twin, depth):
     model = bridge.wrap(twin.torch, **fields(twin, depth=depth))

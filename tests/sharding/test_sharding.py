@@ -144,10 +144,13 @@ def one_device(name: str, orientation: str):
 CASES = [(name, orientation, sizes) for name in MODELS for orientation in ("output", "input") for sizes in MESHES]
 
 
+EXPLICIT = [
+    pytest.param(*case, "explicit", marks=pytest.mark.large) for case in (("roberta", "output"), ("llama", "input"))
+]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(
-    ("name", "orientation", "sizes"), [*CASES, ("roberta", "output", "explicit"), ("llama", "input", "explicit")]
-)
+@pytest.mark.parametrize(("name", "orientation", "sizes"), [*CASES, *EXPLICIT])
 def test_eight_devices_train_what_one_does(name, orientation, sizes):
     """Losses and adapters after five steps; with dropout, and packed rows."""
     mesh = make_mesh(MESHES[-1], explicit=True) if sizes == "explicit" else make_mesh(sizes)
@@ -194,6 +197,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_every_family(name):
     """Of a model cut on three axes, with what is transposed, fused or tied in it: those of one device."""

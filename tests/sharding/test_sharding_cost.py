@@ -124,6 +124,7 @@ def gathered(sizes):
 CASES = [(sizes, method) for sizes in ("fsdp=8", CUBE) for method in (("output", 2), ("input", 0))]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("sizes", "method"), CASES)
 def test_a_step_moves_what_loras_does_and_the_tweakers_small_arrays(sizes, method):
     """The model's collectives are LoRA's one for one, so that no W0 is gathered for the tweaker. The tweaker's are

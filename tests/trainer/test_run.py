@@ -96,7 +96,7 @@ def signalled(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.large)])
 def test_a_signal_saves_and_a_resume_is_exact(run, whole, tmp_path, signalled, monkeypatch, number):
     signalled(4, number)
     folder = tmp_path / "run"
@@ -239,6 +239,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path, poisoned):
     assert max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) == 4
 
 
+@pytest.mark.large
 def test_steps_that_are_not_finite_can_be_skipped(run, tmp_path, poisoned):
     """The adapters are left as they are; too many in a row end the run."""
     skipping = changed(run, loop__nonfinite="skip", loop__max_skipped=2, loop__log_every=1)
