@@ -19,6 +19,8 @@ from train.digits import HIGH, LOW, Digits, Pictures, split, stratified
 from train.methods import METHODS
 from train.timing import seconds_in_turns
 
+pytestmark = pytest.mark.large
+
 SETTINGS = Settings(seeds=(0, 1), pretrain=Loop(steps=4, batch_size=8), adapt=Loop(steps=3, batch_size=8, eval_every=2))
 SUBSET = tuple(method for method in METHODS if method.name in ("PEANuT, depth 2", "linear probe", "full fine-tuning"))
 
