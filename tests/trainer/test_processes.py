@@ -71,7 +71,8 @@ def alone(tiny, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_train_what_one_does(tiny, alone, tmp_path, processes):
     """With as many devices in all; the base cut over processes, each reading its own part of the data."""
     out = tmp_path / "run"
