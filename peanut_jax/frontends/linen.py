@@ -136,7 +136,6 @@ def unbind(params: PyTree) -> PyTree:
     Args:
         params: As a loss function is given them.
     """
-
     if not isinstance(params, Mapping):
         raise ValueError(f"unbind takes the params that a function is given, got {type(params).__name__}")
 
@@ -250,7 +249,7 @@ def _apply(next_fun: Callable, args: tuple, kwargs: Mapping[str, Any], context: 
     finally:
         _run.calls.pop()
     kernel = "/".join((*path, "kernel"))
-    if dense_class(module, kernel) is None or not is_own_call(context):
+    if not is_own_call(context, dense_class(module, kernel)):
         return y  # a subclass: its base class's own call comes by here too
     bound: Any = module.get_variable(COLLECTION, BOUND)
     _note(kernel, bound, module.get_variable(COLLECTION, "kernel"))

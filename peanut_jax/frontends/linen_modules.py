@@ -41,12 +41,15 @@ def dense_class(module: nn.Module, kernel: str) -> type:
     )
 
 
-def is_own_call(context: Any) -> bool:
-    """Whether the method that an interceptor sees is the dense layer's own `__call__`, and not a subclass's."""
+def is_own_call(context: Any, kind: type) -> bool:
+    """Whether the method that an interceptor sees is that of the dense layer `kind`, and not a subclass's.
+
+    Args:
+        kind: From `dense_class`.
+    """
     method = context.orig_method
     running = getattr(method, "func", getattr(method, "__func__", method))
-    kinds = [nn.Dense, nn.DenseGeneral, *(kind for kind in type(context.module).__mro__ if kind.__name__ == CONV1D)]
-    return any(running is inspect.unwrap(kind.__call__) for kind in kinds)
+    return running is inspect.unwrap(kind.__call__)
 
 
 def added(
