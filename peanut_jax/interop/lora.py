@@ -196,7 +196,7 @@ def init_from_factors(
     References:
         arXiv:2410.01870v3, Proposition 3.2 and its proof.
     """
-    odd_slope(config)  # refuses a config that cannot hold an update, before anything is read
+    slope = odd_slope(config)  # refuses a config that cannot hold an update, before anything is read
     given = checked(factors, "init_from_factors")
     targets, flat = select(params, config), flatten(params)
     if odd := sorted(targets.keys() ^ given.keys()):
@@ -209,7 +209,7 @@ def init_from_factors(
             raise ValueError(f"the update of {path!r} is a {type(update).__name__}, which has no factors")
         if (rows := targets[path].rows) is not None:
             update = jax.tree.map(lambda side, rows=rows: side[jnp.array(rows)], update)
-        theta[path] = start_from(update, np.asarray(targets[path].matrix(flat[path])), config, path)
+        theta[path] = start_from(update, np.asarray(targets[path].matrix(flat[path])), config, slope, path)
     adapters = Adapters(theta, {path: jnp.array(flat[path]) for path in saved_paths(flat, config)})
     with jax.default_matmul_precision("highest"):
         got = factors_of(adapters, params, config)

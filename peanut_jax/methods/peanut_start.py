@@ -9,7 +9,7 @@ from peanut_jax.methods.peanut import PeanutConfig
 from peanut_jax.updates import LowRank
 
 
-def start_from(update: LowRank, kernel: np.ndarray, config: PeanutConfig, path: str) -> Theta:
+def start_from(update: LowRank, kernel: np.ndarray, config: PeanutConfig, slope: float, path: str) -> Theta:
     """Theta whose update is `update`, projected on the left singular space of W0 (of W0^T: input orientation).
 
     A = [W0^+ left, -W0^+ left] and B = [right; -right] / (c * scaling), where act(x) - act(-x) = c x.
@@ -18,6 +18,7 @@ def start_from(update: LowRank, kernel: np.ndarray, config: PeanutConfig, path: 
         update: Of rank r / 2 at most.
         kernel: W0 [*stack, d_in, d_out].
         config: Its `r` is twice the update's rank.
+        slope: c, from `odd_slope`.
         path: Name of the kernel, for the error.
 
     Raises:
@@ -33,7 +34,7 @@ def start_from(update: LowRank, kernel: np.ndarray, config: PeanutConfig, path: 
     if config.orientation == "input":
         kernel, outer, inner = _t(kernel), _t(inner), _t(outer)
     cutoff = max(kernel.shape[-2:]) * float(jnp.finfo(jnp.float32).eps)
-    a, b = np.linalg.pinv(kernel, rcond=cutoff) @ outer, inner / (odd_slope(config) * config.scaling)
+    a, b = np.linalg.pinv(kernel, rcond=cutoff) @ outer, inner / (slope * config.scaling)
     return {
         "a": jnp.asarray(np.concatenate([a, -a], -1), jnp.float32),
         "b": jnp.asarray(np.concatenate([b, -b], -2), jnp.float32),
