@@ -127,14 +127,14 @@ def combine(*trees: Updates) -> Updates:
     return {path: _sum([tree[path] for tree in given if path in tree]) for path in paths}
 
 
-def _sum(parts: Sequence[KernelUpdate]) -> KernelUpdate:
-    if len(parts) == 1:
-        return parts[0]
-    low_rank = [part for part in parts if isinstance(part, LowRank)]
-    if len(low_rank) < len(parts):
-        return Sum(tuple(parts))
-    left = jnp.concatenate([part.left for part in low_rank], axis=-1)
-    return LowRank(left, jnp.concatenate([part.right for part in low_rank], axis=-2))
+def _sum(updates: Sequence[KernelUpdate]) -> KernelUpdate:
+    if len(updates) == 1:
+        return updates[0]
+    low_rank = [update for update in updates if isinstance(update, LowRank)]
+    if len(low_rank) < len(updates):
+        return Sum(tuple(updates))
+    left = jnp.concatenate([update.left for update in low_rank], axis=-1)
+    return LowRank(left, jnp.concatenate([update.right for update in low_rank], axis=-2))
 
 
 def parts(update: Update) -> tuple[Update, ...]:

@@ -44,6 +44,9 @@ from transformers import BertConfig, FlaxBertForSequenceClassification
 settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("suite")
 
+# Parameters of a test that are told apart by their value, others by identity.
+_PLAIN = (str, int, float, tuple, type(None))
+
 
 def pytest_collection_modifyitems(items):
     """The slowest files first, so that no worker ends with them alone; and what `make test` leaves to `make test-all`.
@@ -56,18 +59,11 @@ def pytest_collection_modifyitems(items):
     seen = collections.defaultdict(set)
     for item in items:
         if item.get_closest_marker("matrix"):
-            values = {f"{name}={value if isinstance(value, _PLAIN) else id(value)}" for name, value in params_of(item)}
+            params = item.callspec.params.items()
+            values = {f"{name}={value if isinstance(value, _PLAIN) else id(value)}" for name, value in params}
             if values <= seen[item.nodeid.partition("[")[0]]:
                 item.add_marker(pytest.mark.large)
             seen[item.nodeid.partition("[")[0]] |= values
-
-
-_PLAIN = (str, int, float, tuple, type(None))
-
-
-def params_of(item):
-    """(Name, value) of each parameter of a parametrised test."""
-    return item.callspec.params.items()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
 
 _HEAD = "lm_head.weight"
-
-
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 
 

@@ -13,17 +13,14 @@ _BOOKKEEPING = {
     "auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config",
 }  # fmt: skip
 
-
 _LORA_BOOKKEEPING = {
     "megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", "ensure_weight_tying", "eva_config",
     # Read by _lora_scaling, own_fields and config_of.
     "init_lora_weights", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 
-
 # Fields of ours that say how a Flax tree is read, which the shapes of an adapter's tensors tell too.
 _NOT_IN_FILES = {"kernel_axes"}
-
 
 # LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
 _PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")

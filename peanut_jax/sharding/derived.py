@@ -1,7 +1,7 @@
 """Many devices: what follows from how the base is laid out on its mesh.
 
 The layout is `peanut_jax.sharding.mesh`'s. The parameters carry it as their `.sharding`, and the rest is derived from
-there: adapters and factors from their kernels, the optimizer's state from the adapters, and activations
+there: adapters and updates from their kernels, the optimizer's state from the adapters, and activations
 from the kernels that make them.
 
     kernel  (p_in, p_out)                       output orientation        input orientation
