@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from peanut_jax.files.hub import read_json
 from peanut_jax.files.safetensors import dtype_of, finite
 from peanut_jax.files.torch_checkpoint import Checkpoint
+from peanut_jax.files.untrusted import FLAG, field, read_json
 from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
+from peanut_jax.messages import reading
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
@@ -60,8 +61,10 @@ def saved_tensors(
 
 def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
     """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
-    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", _HEAD not in checkpoint.entries):
-        return
+    path = checkpoint.folder / "config.json"
+    with reading(path):
+        if not field(read_json(path), "tie_word_embeddings", FLAG, _HEAD not in checkpoint.entries):
+            return
     for saved in adapter.saved:
         if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
             raise ValueError(

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.files.hub import find, read_json
+from peanut_jax.files.hub import find
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.models.families import FAMILIES
 from peanut_jax.models.families.family import Family, Fields
 from peanut_jax.models.rope import Rope, read_rope

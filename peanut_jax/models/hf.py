@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from peanut_jax.base.kernels import flatten
 from peanut_jax.base.origin import note
-from peanut_jax.files.hub import find, read_json, read_weights, weight_files
+from peanut_jax.files.hub import find, read_weights, weight_files
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.models import hf_faults
 from peanut_jax.models.hf_params import read_params
 
