@@ -13,7 +13,7 @@ from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
 from peanut_jax.files.safetensors import open_safetensors, read_header
-from peanut_jax.files.untrusted import COUNT, OBJECT, field, read_json, short_error
+from peanut_jax.files.untrusted import COUNT, OBJECT, read_json, short_error, typed
 from peanut_jax.messages import reading, short
 
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
@@ -72,7 +72,7 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
         if index := find(source, f"{filename}.index.json", revision):
             return _shards(source, index, revision)
     folder = Path(source)
-    there = f" (only {short(sorted(file.name for file in folder.iterdir()))})" if folder.is_dir() else ""
+    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir())):.200})" if folder.is_dir() else ""
     raise FileNotFoundError(
         f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
         "read: convert them once where PyTorch is installed, with "
@@ -104,7 +104,7 @@ def read_index(path: Path) -> dict[str, Any]:
             or not all(_is_file_name(name) for name in weight_map.values())
         ):
             raise ValueError("it must hold a weight_map from tensor names to files beside it")
-        field(field(index, "metadata", OBJECT, {}), "total_size", COUNT)
+        typed(typed(index, "metadata", OBJECT, {}), "total_size", COUNT)
     return index
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peanut_jax.files.atomic import replacing
-from peanut_jax.files.untrusted import TEXT_TO_TEXT, field, parse_json, short_error
+from peanut_jax.files.untrusted import TEXT_TO_TEXT, parse_json, short_error, typed
 from peanut_jax.messages import reading, short
 
 # Tensors of other dtypes (quantised ones) are copied but not read.
@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             content = parse_json(file.read(length))
-        metadata = field(content, _METADATA, TEXT_TO_TEXT, {})
+        metadata = typed(content, _METADATA, TEXT_TO_TEXT, {})
         content.pop(_METADATA, None)
         return Header({name: _entry(path, name, part) for name, part in content.items()}, metadata, 8 + length)
 

@@ -76,7 +76,7 @@ TEXT_TO_TEXT = Kind(
 )
 
 
-def field(content: Mapping[str, Any], name: str, kind: Kind, default: Any = None) -> Any:
+def typed(content: Mapping[str, Any], name: str, kind: Kind, default: Any = None) -> Any:
     """`content[name]`, which is of `kind`; `default` where it is absent or null.
 
     Raises:

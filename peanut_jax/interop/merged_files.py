@@ -12,7 +12,7 @@ import numpy as np
 
 from peanut_jax.files.hub import INDEX_FILE, NOT_FETCHED, read_index
 from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint
-from peanut_jax.files.untrusted import OBJECT, TEXTS, field, read_json
+from peanut_jax.files.untrusted import OBJECT, TEXTS, read_json, typed
 from peanut_jax.interop.peft_folder import ModuleAdapters, label_count
 from peanut_jax.messages import reading
 
@@ -91,8 +91,8 @@ def write_config(
     path = folder / "config.json"
     content = read_json(path)
     with reading(path):
-        architectures = field(content, "architectures", TEXTS, [])
-        names = field(content, "id2label", OBJECT, {})
+        architectures = typed(content, "architectures", TEXTS, [])
+        names = typed(content, "id2label", OBJECT, {})
     own = re.match(r"(\w+?)(For[A-Z]\w+|LMHeadModel|Model)$", architectures[0] if architectures else "")
     if own is None or task_type not in _CLASSES:
         logger.warning(

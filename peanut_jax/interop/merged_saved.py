@@ -6,7 +6,7 @@ import numpy as np
 
 from peanut_jax.files.safetensors import dtype_of, finite
 from peanut_jax.files.torch_checkpoint import Checkpoint
-from peanut_jax.files.untrusted import FLAG, field, read_json
+from peanut_jax.files.untrusted import FLAG, read_json, typed
 from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
 from peanut_jax.messages import reading
@@ -63,7 +63,7 @@ def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> N
     """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
     path = checkpoint.folder / "config.json"
     with reading(path):
-        if not field(read_json(path), "tie_word_embeddings", FLAG, _HEAD not in checkpoint.entries):
+        if not typed(read_json(path), "tie_word_embeddings", FLAG, _HEAD not in checkpoint.entries):
             return
     for saved in adapter.saved:
         if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):

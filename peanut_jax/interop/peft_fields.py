@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peanut_jax.files.untrusted import OBJECT, field
+from peanut_jax.files.untrusted import OBJECT, typed
 from peanut_jax.interop.peft_types import PeftType, type_named
 from peanut_jax.messages import short
 from peanut_jax.methods.base import TASK_HEADS, Method
@@ -119,7 +119,7 @@ def own_fields(modules: Sequence[str], config: Method, fields: Mapping[str, Any]
 
 def _by_pattern(name: str, fields: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Module -> value of the first pattern that matches the end of its name (peft 0.21.2, `get_pattern_key`)."""
-    patterns = field(fields, name, OBJECT, {})
+    patterns = typed(fields, name, OBJECT, {})
     found = matching(name, list(patterns), modules, r"(?:|.*\.)(?:{})") if patterns else {}
     values = list(patterns.values())
     return {module: values[number] for module, (number, _) in found.items()}
