@@ -56,9 +56,9 @@ class Case:
     trace: str = ""
 
 
-def run(cases: range, folder: Path, seed: int = 0) -> Iterator[Case]:
-    """Runs the cases of these numbers on subjects that are made in `folder`."""
-    made = subjects(folder / "whole")
+def run(cases: range, folder: Path, seed: int = 0, subject: str = "") -> Iterator[Case]:
+    """Runs the cases of these numbers on the subjects whose names hold `subject`, which are made in `folder`."""
+    made = [one for one in subjects(folder / "whole") if subject in one.name]
     for number in cases:
         draw = random.Random(f"{seed} {number}")
         yield _one(number, draw.choice(made), draw, folder / "case")
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--subject", default="", metavar="NAME", help="subjects whose names hold this, alone")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this case alone, with its traceback")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -144,7 +145,7 @@ def main() -> None:
     count: collections.Counter[str] = collections.Counter()
     bad, slowest, began = 0, 0.0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for case in run(cases, Path(folder), args.seed):
+        for case in run(cases, Path(folder), args.seed, args.subject):
             count[f"{case.subject}: {case.outcome}"] += 1
             slowest = max(slowest, case.seconds)
             if case.wrong is not None or args.only is not None:

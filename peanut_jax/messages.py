@@ -36,7 +36,7 @@ def reading(what: Path | str) -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error)
-        named = text if text.startswith(str(what)) else f"{what}: {text}"
+        named = text if str(what) in text else f"{what}: {text}"
         raise ValueError(_cut(named, MESSAGE)) from error
 
 

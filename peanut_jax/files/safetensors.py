@@ -71,7 +71,7 @@ def read_header(path: Path) -> Header:
     with reading(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            content = parse_json(file.read(length))
+            content = parse_json(file.read(length), f"the header of {path}")
         metadata = typed(content, _METADATA, TEXT_TO_TEXT, {})
         content.pop(_METADATA, None)
         return Header({name: _entry(path, name, part) for name, part in content.items()}, metadata, 8 + length)

@@ -6,6 +6,7 @@ anything is made of it. What does not fit is a ValueError that names the file an
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from peanut_jax.messages import reading, short
 MAX_BYTES = 1 << 26
 # transformers' configs nest three or four deep.
 MAX_DEPTH = 64
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -28,11 +31,11 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     with reading(path):
         if (size := path.stat().st_size) > max_bytes:
             raise ValueError(f"a file of {size:,} bytes is not what was expected here: JSON of at most {max_bytes:,}")
-        return parse_json(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
 
 
-def parse_json(text: bytes | str) -> dict[str, Any]:
-    """The JSON object of a text.
+def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
+    """The JSON object of a text, which errors call `what`.
 
     Raises:
         ValueError: text that is not UTF-8 or not one JSON object; a name that is there twice; nesting deeper than
@@ -42,13 +45,18 @@ def parse_json(text: bytes | str) -> dict[str, Any]:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         content = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
-        raise ValueError(f"not valid JSON: nested deeper than {MAX_DEPTH}") from error
+        raise _invalid(what, _TOO_DEEP) from error
     except ValueError as error:
-        raise ValueError(f"not valid JSON ({short_error(error)}); fetch it again") from error
+        raise _invalid(what, short_error(error)) from error
     if not isinstance(content, dict):
-        raise ValueError(f"a JSON object was expected, got {short(content)}")
-    _check_values(content)
+        raise ValueError(f"{what} must hold a JSON object, got {type(content).__name__}")
+    if why := _unusable(content):
+        raise _invalid(what, why)
     return content
+
+
+def _invalid(what: str, why: str) -> ValueError:
+    return ValueError(f"{what} is not valid JSON ({why}); fetch it again")
 
 
 def short_error(error: Exception) -> str:
@@ -103,8 +111,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check_values(content: Any) -> None:
-    """Refuses nesting that is too deep for whatever walks the content later, and strings that cannot be written."""
+def _unusable(content: Any) -> str | None:
+    """What is wrong with nesting too deep for whatever walks the content later, or strings that cannot be written."""
     level = [content]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
@@ -114,16 +122,9 @@ def _check_values(content: Any) -> None:
                 inner += value.values()
             elif isinstance(value, list):
                 inner += value
-            elif isinstance(value, str) and not value.isascii():
-                _check_unicode(value)
+            elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+                return f"{short(value)} holds half of a surrogate pair"
         if not inner:
-            return
+            return None
         level = inner
-    raise ValueError(f"not valid JSON: nested deeper than {MAX_DEPTH}")
-
-
-def _check_unicode(value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{short(value)} is not a Unicode string: it holds half of a surrogate pair") from error
+    return _TOO_DEEP

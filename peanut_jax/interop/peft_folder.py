@@ -227,10 +227,10 @@ def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
 
 
 def _fingerprint(metadata: Mapping[str, str]) -> dict[str, str]:
-    with reading("the base fingerprint in its metadata"):
-        found = parse_json(metadata.get(FINGERPRINT_KEY, "{}"))
-        if not TEXT_TO_TEXT.fits(found):
-            raise ValueError(f"it must map module names to digests, got {short(found)}")
+    what = "the base fingerprint in its metadata"
+    found = parse_json(metadata.get(FINGERPRINT_KEY, "{}"), what)
+    if not TEXT_TO_TEXT.fits(found):
+        raise ValueError(f"{what} must map module names to digests, got {short(found)}")
     return found
 
 
