@@ -137,9 +137,7 @@ def _in_a_process(field: str, patterns: Sequence[str], whole: Sequence[str], nam
 
 
 def _not_one(field: str, patterns: Sequence[str], why: str) -> ValueError:
-    return ValueError(
-        f"{field} is a string, so a regular expression, and {_shown(patterns)} is not one: {short(why, 120)}"
-    )
+    return ValueError(f"{field} is a string, so a regular expression, and {_shown(patterns)} is not one: {why:.120}")
 
 
 def _shown(patterns: Sequence[str]) -> str:

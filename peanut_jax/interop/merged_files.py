@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -38,14 +39,14 @@ def check_others(checkpoint: Checkpoint) -> None:
     blobs = folder.parent.parent / "blobs"
     for entry in _others(checkpoint):
         for path in (entry, *(entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ())):
-            target = path.resolve()
-            inside = target.is_file() and (folder in target.parents or blobs == target.parent)
-            if path.is_symlink() and not inside:
-                raise ValueError(
-                    f"{path} is a link to {target}, which is not a file of this checkpoint, and the result would hold "
-                    "a copy of it: replace the link by the file, or remove it"
-                )
-            if not path.is_symlink() and not path.is_file() and not path.is_dir():
+            if path.is_symlink():
+                target = path.resolve().parents if path.is_file() else []
+                if folder not in target and blobs not in target:
+                    raise ValueError(
+                        f"{path} is a link to {os.readlink(path)}, which is not a file of this checkpoint, and the "
+                        "result would hold a copy of it: replace the link by the file, or remove it"
+                    )
+            elif not path.is_file() and not path.is_dir():
                 raise ValueError(f"{path} is neither a file nor a folder; remove it")
 
 

@@ -115,8 +115,9 @@ def read(folder: str | Path) -> ModuleAdapters:
     with reading(folder / WEIGHTS_FILE):
         _check_finite(tensors)
         thetas, kept = _thetas(tensors, row, config)
-        _check_scaled(thetas, getattr(config, "scaling", 1.0))
         singled = _check_shapes(thetas, config, fields)
+        for module, theta in thetas.items():
+            _check_scaled(module, theta, dataclasses.replace(config, **singled.get(module, {})))
         prints = _fingerprint(metadata)
         dtype = metadata.get(DTYPE_KEY)
         if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
@@ -132,15 +133,13 @@ def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
                 raise ValueError(f"tensor {short(name)} holds a NaN or an infinity")
 
 
-def _check_scaled(thetas: Mapping[str, Mapping[str, np.ndarray]], scaling: float) -> None:
+def _check_scaled(module: str, theta: Mapping[str, np.ndarray], config: Method) -> None:
     """Refuses values that are beyond float32 once they are scaled."""
+    scaling = getattr(config, "scaling", 1.0)
     limit = float(np.finfo(np.float32).max) / max(scaling, 1.0)
-    for module, theta in thetas.items():
-        for leaf, array in theta.items():
-            if array.size and float(np.abs(array).max()) > limit:
-                raise ValueError(
-                    f"{leaf} of module {short(module)} is an infinity once scaling={scaling:g} multiplies it"
-                )
+    for leaf, array in theta.items():
+        if array.size and float(np.abs(array).max()) > limit:
+            raise ValueError(f"{leaf} of module {short(module)} is an infinity once scaling={scaling:g} multiplies it")
 
 
 def _thetas(
