@@ -3,7 +3,6 @@
 import contextlib
 import reprlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 # Characters of a value, and of a whole message.
@@ -30,7 +29,7 @@ def short(value: Any, limit: int = VALUE) -> str:
 
 
 @contextlib.contextmanager
-def reading(what: Path | str) -> Iterator[None]:
+def reading(what: object) -> Iterator[None]:
     """Puts what is read before a ValueError's message, and keeps the whole to `MESSAGE` characters."""
     try:
         yield
