@@ -6,12 +6,9 @@ import numpy as np
 
 from peanut_jax.files.hub import read_json
 from peanut_jax.files.safetensors import dtype_of, finite
-from peanut_jax.files.torch_checkpoint import Checkpoint
+from peanut_jax.files.torch_checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 
 
 def saved_tensors(
@@ -27,7 +24,7 @@ def saved_tensors(
     own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
     top = {name.partition(".")[0] for name in checkpoint.entries}
     for name, adapter in adapters.items():
-        _check_tied(checkpoint, name, adapter)
+        _check_tied(checkpoint, name, adapter, places[name])
         for saved, array in adapter.saved.items():
             place = places[name].saved[saved]
             entry = checkpoint.entries.get(place or "")
@@ -58,14 +55,18 @@ def saved_tensors(
     return replaced, added, rename
 
 
-def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
-    """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
-    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", _HEAD not in checkpoint.entries):
+def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters, place: Places) -> None:
+    """Refuses to change one of two tied matrices, which whoever loads the result would tie again."""
+    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", HEAD not in checkpoint.entries):
         return
-    for saved in adapter.saved:
-        if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
-            raise ValueError(
-                f"{name} saves {saved!r}, and {checkpoint.folder} ties its head to its embedding, so that whoever "
-                "loads a merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the "
-                "base (tie_word_embeddings: false and a lm_head.weight of its own) before training"
-            )
+    changed = [
+        *(f"saves {one!r}" for one in adapter.saved if one == HEAD),
+        *(f"saves {one!r}" for one in adapter.saved if one.endswith(EMBEDDINGS) and adapter.base_dtype is None),
+        *(f"adapts {one!r}" for one in place.tensors.values() if one == HEAD),
+    ]
+    if changed:
+        raise ValueError(
+            f"{name} {changed[0]}, and {checkpoint.folder} ties its head to its embedding, so that whoever loads a "
+            "merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the base "
+            "(tie_word_embeddings: false and a lm_head.weight of its own) before training"
+        )
