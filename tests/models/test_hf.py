@@ -225,12 +225,18 @@ def test_generates_as_torch_does(tmp_path):
     np.testing.assert_array_equal(got[: len(expected)], expected)  # Flax pads up to the length
 
 
-def test_hub_name(bert, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("flax", [False, True])
+def test_hub_name(bert, monkeypatch, tmp_path, flax):
+    """Each file is asked for alone, so that a repository with Flax's weights and no others loads too."""
+    asked, repository = [], tmp_path if flax else bert
+    if flax:
+        model, params = hf.load(bert)
+        model.save_pretrained(tmp_path, params=params)
+        assert not list(tmp_path.glob("*.safetensors"))
 
     def cached_file(name, filename, revision, **_):
         asked.append((name, revision))
-        path = bert / filename
+        path = repository / filename
         return str(path) if path.exists() else None
 
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
