@@ -113,7 +113,7 @@ def _positive(name: str, value: Any) -> Any:
         return size(name, value)
     found = number(name, value, "above 0", sys.float_info.min, sys.float_info.max)
     if not _SMALLEST <= found <= _LARGEST:
-        raise ValueError(f"{name} must be between {_SMALLEST} and {_LARGEST}, got {shown(value)}")
+        raise ValueError(f"{name} must be between {_SMALLEST:g} and {_LARGEST:g}, got {shown(value)}")
     return found
 
 

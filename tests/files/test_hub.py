@@ -36,7 +36,8 @@ REPOSITORIES = {
         [*BESIDE, "model.safetensors"],
         ["model.fp16.safetensors", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "pytorch_model.bin",
          "old/model.safetensors", "optimizer.pt", "training_args.bin", "checkpoint-500/model.safetensors",
-         "checkpoint-500/trainer_state.json", "runs/Nov21/events.out.tfevents.1", "adapters/one/adapter_model.safetensors"],
+         "checkpoint-500/trainer_state.json", "runs/Nov21/events.out.tfevents.1",
+         "adapters/one/adapter_model.safetensors"],
     ),
     "bert": (
         ENCODER,
