@@ -137,6 +137,49 @@ def test_nothing_sees_later_tokens_or_other_sequences(family):
     np.testing.assert_allclose(padded[:, :5], forward(params, tokens[:, :5]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("token", [SIZES["vocab_size"], -1, 2**32 + 3])
+def test_ids_outside_the_vocabulary_are_refused(family, token):
+    """Where the values are known: outside of `jax.jit`, and as constants within."""
+    _, _, model, params = family("llama3")
+    tokens = np.array([[5, 6, token], [7, 8, 9]])
+    message = rf"hold token {token}, outside the model's vocabulary of 90"
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        model.apply(params, tokens)
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        jax.jit(lambda params: model.apply(params, tokens))(params)
+    with pytest.raises(ValueError, match=f"labels {message}"):
+        model.apply(params, tokens % 9, tokens, np.ones((2, 3)), method="loss")
+
+
+def test_traced_ids_outside_the_vocabulary(family):
+    """NaN for the whole row, never another token's numbers: as an index -1 would be the last row."""
+    _, _, model, params = family("llama3")
+    got = jax.jit(model.apply)(params, np.array([[5, 6, SIZES["vocab_size"]], [5, -1, 6], [7, 8, 9]]))
+    assert np.isnan(got[:2]).all()
+    assert np.isfinite(got[2]).all()
+
+
+def test_labels_outside_the_vocabulary(family):
+    """Where they count the loss is NaN, and where they do not any id will do."""
+    _, _, model, params = family("llama3")
+    tokens = np.array([[5, 6, 7]])
+    loss = jax.jit(lambda labels, weights: model.apply(params, tokens, labels, weights, method="loss")[0])
+    counts = np.array([[1, 1, 0]], np.float32)
+    assert loss(np.array([[6, 7, -100]]), counts) == loss(np.array([[6, 7, 8]]), counts)
+    assert np.isnan(loss(np.array([[6, -100, 8]]), counts))
+    assert np.isnan(loss(np.array([[6, 90, 8]]), counts))
+    model.apply(params, tokens, np.array([[6, 7, -100]]), counts, method="loss")
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.array([[1.0, 2.0]]), [[1, 2]], np.array([[True]])], ids=["float", "list", "bool"]
+)
+def test_tokens_are_integers(family, tokens):
+    _, _, model, params = family("llama3")
+    with pytest.raises(ValueError, match="tokens must be an array of integers, got"):
+        model.apply(params, tokens, method="hidden")
+
+
 @pytest.mark.parametrize("name", ["llama3.1", "mistral"])
 def test_packed_rows_are_their_sequences(family, name):
     _, _, model, params = family(name)
