@@ -70,7 +70,7 @@ def main() -> None:
     args = _arguments()
     reference, model, params = load(args)
     prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (args.batch, args.prompt_tokens))
-    options = {"max_new_tokens": args.new_tokens, "num_beams": args.beams}
+    options = {"max_new_tokens": args.new_tokens, "num_beams": args.beams, "eos_token_ids": ()}
     answers: dict[str, list[list[int]]] = {}
 
     def ours() -> None:

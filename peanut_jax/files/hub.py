@@ -3,7 +3,9 @@
 Pickle files are never read.
 """
 
-from collections.abc import Sequence
+import glob
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,22 @@ from peanut_jax.messages import reading, short
 
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
 INDEX_FILE = "model.safetensors.index.json"
-# Files of a hub repository that hold the same weights for others to read.
-NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
+# Files and folders of a repository that hold the same weights for others to read, or what training left behind. The
+# names are fnmatch's, whose * takes a / too.
+NOT_FETCHED = (
+    # PyTorch's pickles, their indices and the states of optimizers; Meta's and Mistral's own layouts
+    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pt2", "*.pte", "*.ckpt", "*.pkl", "*.pickle", "*.joblib",
+    "*.distcp", "consolidated*", "original/*", "metal/*", "checkpoint-*/*", "global_step*/*", "runs/*",
+    # TensorFlow, Flax, Rust, Paddle, NeMo, Keras, NumPy
+    "*.h5", "*.h5.index.json", "*.hdf5", "*.keras", "*.pb", "*.tflite", "*.litertlm", "*.ckpt.*", "saved_model/*",
+    "*.msgpack", "*.msgpack.index.json", "*.ot", "*.pdparams", "*.nemo", "*.npz", "*.npy",
+    # compiled or converted for an engine
+    "*.onnx", "*.onnx_data*", "*.onnx.data", "onnx/*", "openvino*", "*.gguf*", "*.ggml", "*.task", "*.llamafile",
+    "*.engine", "*.mlmodel", "*.mlpackage/*", "*.mlmodelc/*", "coreml/*", "*.mnn*", "*.rknn",
+    # archives
+    "*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z",
+)  # fmt: skip
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 Tensors = dict[str, np.ndarray]
 # Bytes of a file's name on the systems that there are.
 _MAX_NAME = 255
@@ -46,7 +62,7 @@ def find(source: str, filename: str, revision: str | None) -> Path | None:
 
 
 def local_folder(source: str, revision: str | None = None) -> Path:
-    """The folder, or the hub repository's files in the cache, without pickles and other frameworks' weights.
+    """The folder, or the hub repository's files in the cache: one copy of its weights, and what stands beside them.
 
     Raises:
         FileNotFoundError: it is neither.
@@ -59,9 +75,41 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=list(NOT_FETCHED)))
+        return _fetched(source, revision, snapshot_download)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{source!r} is no folder here, and the hub did not give it: {error}") from error
+
+
+def _fetched(source: str, revision: str | None, download: Callable[..., str]) -> Path:
+    """The cache's folder with a repository's small files, and then the weights that they speak of, of the same commit.
+
+    Args:
+        download: `huggingface_hub.snapshot_download`.
+    """
+    folder = Path(download(source, revision=revision, ignore_patterns=[*NOT_FETCHED, "*.safetensors"]))
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+    for wanted in (_whole, _in_shards):  # shards only where there is no whole file, as transformers has it
+        if patterns := [glob.escape(name) for name in wanted(folder) if not (folder / name).is_file()]:
+            download(source, revision=commit, allow_patterns=patterns)
+    return folder
+
+
+def _whole(folder: Path) -> list[str]:
+    """The weights of a model or an adapter in one file, and those of the parts of a sentence-transformer."""
+    own = {"config.json": WEIGHTS[0], "adapter_config.json": "adapter_model.safetensors"}
+    parts = sorted(path.parent.name for path in folder.glob("[0-9]_*/config.json"))
+    return [
+        *(file for config, file in own.items() if (folder / config).is_file()),
+        *(f"{n}/{WEIGHTS[0]}" for n in parts),
+    ]
+
+
+def _in_shards(folder: Path) -> list[str]:
+    """The shards of a model that is not in one file."""
+    index = folder / INDEX_FILE
+    if (folder / WEIGHTS[0]).is_file() or not index.is_file():
+        return []
+    return sorted(set(read_index(index)["weight_map"].values()))
 
 
 def weight_files(source: str, revision: str | None) -> list[Path]:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, weight_files
+from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, read_json, weight_files
 from peanut_jax.files.safetensors import Entry, Header, read_entry, read_header
 from peanut_jax.messages import reading
 
 # Written beside merged weights: reading them as a base again would apply an adapter to the wrong kernels.
 MERGED_FILE = "peanut_jax_merged.json"
+# What a language model's head is called, and what the embeddings that it may be tied to end in.
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
+# Bytes of a tensor that are compared at a time.
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +95,12 @@ def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
         fingerprinted: Whether a fingerprint will tell that it is the adapter's base.
 
     Raises:
-        ValueError: merged weights, and no fingerprint to say that the adapter was trained on them.
+        ValueError: merged weights, and no fingerprint to say that the adapter was trained on them; a head that
+            config.json ties to an embedding from which it differs.
     """
     checkpoint = open_checkpoint(source)
+    if read_json(checkpoint.folder / "config.json").get("tie_word_embeddings") is True:
+        check_tied_head(checkpoint)
     if (checkpoint.folder / MERGED_FILE).is_file() and not fingerprinted:
         raise ValueError(
             f"{checkpoint.folder} holds merged weights ({MERGED_FILE} says so): an adapter's update is a function of "
@@ -100,3 +108,38 @@ def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
             "that save_adapter wrote for merged weights is told by its fingerprint)"
         )
     return checkpoint
+
+
+def check_tied_head(checkpoint: Checkpoint) -> None:
+    """Refuses a head of its own in a checkpoint whose config.json ties it to the embedding: which of the two is meant?
+
+    A head that is a copy of the embedding is fine, and so is none. Both are read once, some rows at a time.
+
+    Raises:
+        ValueError: the head is another matrix.
+    """
+    embeddings = [name for name in checkpoint.entries if name.endswith(EMBEDDINGS)]
+    if HEAD not in checkpoint.entries or not embeddings or any(_equal(checkpoint, HEAD, one) for one in embeddings):
+        return
+    raise ValueError(
+        f"config.json of {checkpoint.folder} ties the head to the embedding (tie_word_embeddings), and its {HEAD!r} "
+        f"differs from {embeddings[0]!r}: set tie_word_embeddings to false there if the head is meant, or take the "
+        "head out of the file if the embedding is"
+    )
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors have the same values, whatever their dtypes."""
+    entries = checkpoint.entries[one], checkpoint.entries[other]
+    if entries[0].shape != entries[1].shape or not entries[0].shape:
+        return False
+    rows = entries[0].shape[0]
+    step = max(1, _BLOCK_BYTES * rows // max(1, *(entry.stop - entry.start for entry in entries)))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        left, right = (checkpoint.read_rows(name, start, stop) for name in (one, other))
+        if left.dtype == right.dtype:  # as bits: numpy has no fast comparison of bfloat16
+            left, right = (block.view(f"u{block.dtype.itemsize}") for block in (left, right))
+        if not np.array_equal(left, right):
+            return False
+    return True

@@ -5,14 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from peanut_jax.files.safetensors import dtype_of, finite
-from peanut_jax.files.torch_checkpoint import Checkpoint
+from peanut_jax.files.torch_checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from peanut_jax.files.untrusted import FLAG, read_json, typed
 from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
 from peanut_jax.messages import reading
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight", "word_embedding.weight")
 
 
 def saved_tensors(
@@ -28,7 +25,7 @@ def saved_tensors(
     own_dtype = dtype_of(checkpoint.entries[some].dtype, some)
     top = {name.partition(".")[0] for name in checkpoint.entries}
     for name, adapter in adapters.items():
-        _check_tied(checkpoint, name, adapter)
+        _check_tied(checkpoint, name, adapter, places[name])
         for saved, array in adapter.saved.items():
             place = places[name].saved[saved]
             entry = checkpoint.entries.get(place or "")
@@ -59,16 +56,20 @@ def saved_tensors(
     return replaced, added, rename
 
 
-def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters) -> None:
-    """Refuses to replace one of two tied matrices, which whoever loads the result would tie again."""
+def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters, place: Places) -> None:
+    """Refuses to change one of two tied matrices, which whoever loads the result would tie again."""
     path = checkpoint.folder / "config.json"
     with reading(path):
-        if not typed(read_json(path), "tie_word_embeddings", FLAG, _HEAD not in checkpoint.entries):
+        if not typed(read_json(path), "tie_word_embeddings", FLAG, HEAD not in checkpoint.entries):
             return
-    for saved in adapter.saved:
-        if saved == _HEAD or (saved.endswith(_EMBEDDINGS) and adapter.base_dtype is None):
-            raise ValueError(
-                f"{name} saves {saved!r}, and {checkpoint.folder} ties its head to its embedding, so that whoever "
-                "loads a merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the "
-                "base (tie_word_embeddings: false and a lm_head.weight of its own) before training"
-            )
+    changed = [
+        *(f"saves {one!r}" for one in adapter.saved if one == HEAD),
+        *(f"saves {one!r}" for one in adapter.saved if one.endswith(EMBEDDINGS) and adapter.base_dtype is None),
+        *(f"adapts {one!r}" for one in place.tensors.values() if one == HEAD),
+    ]
+    if changed:
+        raise ValueError(
+            f"{name} {changed[0]}, and {checkpoint.folder} ties its head to its embedding, so that whoever loads a "
+            "merged checkpoint would replace one by the other. Serve this adapter unmerged, or untie the base "
+            "(tie_word_embeddings: false and a lm_head.weight of its own) before training"
+        )

@@ -123,6 +123,11 @@ def beam_search(
     return end.finished.tokens[:, 0], end.finished.lengths[:, 0]
 
 
+def continuations(ends: int) -> int:
+    """How many continuations each step keeps for a beam, with so many ends: no more than the vocabulary has."""
+    return max(2, 1 + ends)
+
+
 def _start(logits: Float[Array, "rows vocab"], cache: Cache, batch: int, beams: int, new: int) -> _State:
     """One open beam a prompt, the others impossible, and none finished."""
     tokens, never = jnp.zeros((batch, beams, new), jnp.int32), jnp.full((batch, beams), _NEVER)
@@ -142,7 +147,7 @@ def _grow(state: _State, eos: tuple[int, ...], limit: Int[Array, ""]) -> _Grown:
     batch, beams = state.open.scores.shape
     scores = jax.nn.log_softmax(state.logits).reshape(batch, beams, -1) + state.open.scores[..., None]
     vocab = scores.shape[-1]
-    top, where = lax.top_k(scores.reshape(batch, beams * vocab), max(2, 1 + len(eos)) * beams)
+    top, where = lax.top_k(scores.reshape(batch, beams * vocab), continuations(len(eos)) * beams)
     parents, token = where // vocab, (where % vocab).astype(jnp.int32)
     tokens = _pick(state.open.tokens, parents).at[:, :, state.length].set(token)
     return _Grown(tokens, top, parents, ends=among(token, eos) | (state.length + 1 >= limit))

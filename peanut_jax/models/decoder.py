@@ -18,6 +18,7 @@ from peanut_jax.models.attention import Mask, count_positions, make_mask, renumb
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.layers import Model
+from peanut_jax.models.token_ids import check_known
 from peanut_jax.training import LossFn
 
 # A batch's, of jax or numpy.
@@ -54,16 +55,23 @@ class Decoder(nn.Module):
         """Logits of every token, in float32.
 
         Args:
-            tokens: Token ids.
+            tokens: Token ids. One outside the vocabulary is an error where the values are known. Under `jax.jit` they
+                are not: the logits of its whole row are then NaN, those of earlier positions too (a key of NaN makes
+                a NaN of every sum that it has no weight in), so check ids on the host. JAX makes an int32 of a 64-bit
+                id by dropping its upper half.
             attention_mask: 1 for tokens, 0 for padding on either side. None: no padding.
             segments: For packed rows, the number of the sequence that a token belongs to, from 1; 0 is padding.
             positions: Position of each token in its sequence; by default counted from the first token of the row or
                 segment.
+
+        Raises:
+            ValueError: tokens that are not integers, or an id outside the vocabulary that is not padding.
         """
         return self._logits(self.hidden(tokens, attention_mask, segments=segments, positions=positions))
 
     def hidden(self, tokens, attention_mask=None, *, segments=None, positions=None):
         """What the head reads: [batch, seq, hidden_size]. Arguments as for `__call__`."""
+        check_known("tokens", tokens, self.config.vocab_size, attention_mask, segments)
         plain = attention_mask is None and segments is None and positions is None
         real = jnp.ones_like(tokens, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         if segments is not None:
@@ -76,7 +84,7 @@ class Decoder(nn.Module):
         if mask is not None:  # positions may begin again without segments, and still no token sees a later one
             mask = Mask(jnp.tril(mask.allowed), mask.distance)
         # A padding id may lie outside the vocabulary, where an embedding is NaN, and 0 * NaN is NaN.
-        return self.model(jnp.where(real, tokens, 0), positions, mask, None)[0]
+        return self.model(jnp.where(real, self._ids(tokens), 0), positions, mask, None)[0]
 
     def step(
         self, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
@@ -88,13 +96,14 @@ class Decoder(nn.Module):
             real: False for padding.
             cache: Needs room for the tokens.
         """
+        check_known("tokens", tokens, self.config.vocab_size, real)
         positions = cache.positions.max(-1, keepdims=True) + jnp.cumsum(real, -1)
         positions = jnp.maximum(positions, 0)
         key_positions = lax.dynamic_update_slice_in_dim(
             cache.positions, jnp.where(real, positions, -1), cache.filled, axis=1
         )
         mask = make_mask(positions, key_positions, None, None)
-        x, kept = self.model(tokens, positions, mask, cache)
+        x, kept = self.model(jnp.where(real, self._ids(tokens), 0), positions, mask, cache)
         filled = cache.filled + tokens.shape[1]
         return self._logits(x[:, -1:])[:, 0], Cache(kept[0], kept[1], key_positions, filled)
 
@@ -111,13 +120,15 @@ class Decoder(nn.Module):
         """Summed cross-entropy and the sum of the weights, never holding more than `chunk` tokens' logits.
 
         Args:
-            labels: The token that follows each token; any id where the weight is 0.
+            labels: The token that follows each token; any id where the weight is 0. Elsewhere one outside the
+                vocabulary is an error where the values are known, and makes the sum NaN under `jax.jit`.
             weights: 0 for tokens that do not count: padding, the prompt of an instruction.
             chunk: Tokens whose float32 logits [chunk, vocab] exist at a time, in the backward pass too; of a batch that
                 is spread over devices, those of all devices together.
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        check_known("labels", labels, self.config.vocab_size, weights)
         x = self.hidden(tokens, attention_mask, segments=segments)
         batch, seq = tokens.shape
         # Cut along the sequence: a batch that is spread over devices stays so.
@@ -134,6 +145,11 @@ class Decoder(nn.Module):
         parts = _chunks(x, columns), _chunks(labels, columns), _chunks(weights, columns)
         total, _ = body(self, jnp.zeros((), jnp.float32), parts)
         return total, weights.sum()
+
+    def _ids(self, tokens: Integers) -> Int[Array, "batch seq"]:
+        """The ids for a lookup in which one outside the vocabulary gives NaN: as an index -1 is the last row."""
+        ids = jnp.asarray(tokens).astype(jnp.int32)
+        return jnp.where(ids < 0, self.config.vocab_size, ids)
 
     def _logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         if self.config.tie_word_embeddings:
@@ -186,4 +202,6 @@ def _cross_entropy(
     # A sum over a mask, for a gather's gradient would be another array of the logits' size.
     its_own = jnp.arange(logits.shape[-1]) == labels[:, None]
     picked = jnp.where(its_own, logits, 0.0).sum(-1)
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    picked = jnp.where(inside | (weights == 0), picked, jnp.nan)
     return ((jax.nn.logsumexp(logits, axis=-1) - picked) * weights).sum()

@@ -7,8 +7,10 @@ from typing import Any
 
 from peanut_jax.files.hub import find
 from peanut_jax.files.untrusted import read_json
+from peanut_jax.models.config_fields import SIZES, flag, number, shown, size
 from peanut_jax.models.families import FAMILIES
 from peanut_jax.models.families.family import Family, Fields
+from peanut_jax.models.generation_config import Generation, read_generation
 from peanut_jax.models.rope import Rope, read_rope
 
 REMAT_POLICIES = ("none", "dots", "full")
@@ -46,6 +48,7 @@ class DecoderConfig:
             every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
             as reading a layer's weights.
         attention: "cudnn" (fused, NVIDIA GPUs), "xla", or "auto": cuDNN where it can compute the shapes and dtype.
+        generation: Which tokens end a continuation, and how the checkpoint's authors draw them.
         unroll: Layers of `nn.scan` per iteration; with num_hidden_layers there is no loop, and XLA counts every layer.
     """
 
@@ -70,21 +73,24 @@ class DecoderConfig:
     unroll: int = 1
     scan_layers: bool = True
     attention: str = "auto"
+    generation: Generation = dataclasses.field(default_factory=Generation)
 
     def __post_init__(self) -> None:
-        for field in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "unroll"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be an integer of at least 1, got {value!r}")
+        for field in dataclasses.fields(self):
+            if field.name in SIZES:
+                size(field.name, getattr(self, field.name))
+            elif field.type is bool:
+                flag(field.name, getattr(self, field.name))
         if not isinstance(self.rms_norm_eps, float) or not 0 <= self.rms_norm_eps < 1:
-            raise ValueError(f"rms_norm_eps must be a number in [0, 1), got {self.rms_norm_eps!r}")
+            raise ValueError(f"rms_norm_eps must be a number in [0, 1), got {shown(self.rms_norm_eps)}")
         windows = self.windows
         if not isinstance(windows, tuple) or len(windows) != self.num_hidden_layers:
             raise ValueError(
-                f"windows must be a tuple with one of {self.num_hidden_layers} layers each, got {windows!r}"
+                f"windows must be a tuple with one of {self.num_hidden_layers} layers each, got {shown(windows)}"
             )
-        if not all(window is None or (isinstance(window, int) and window > 0) for window in windows):
-            raise ValueError(f"sliding_window must be an integer of at least 1 or null, got {windows!r}")
+        for window in windows:
+            if window is not None:
+                size("sliding_window", window)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -93,9 +99,11 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}")
+            raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {shown(self.remat)}")
         if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}")
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {shown(self.attention)}")
+        if not isinstance(self.rope, Rope) or not isinstance(self.generation, Generation):
+            raise ValueError(f"rope and generation must be a Rope and a Generation, got {shown(self.rope)}")
 
 
 def read_config(source: str, revision: str | None = None, **overrides: Any) -> DecoderConfig:
@@ -120,7 +128,8 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
 def runs(source: str) -> bool:
     """Whether a folder or hub repository holds a model of the decoder's."""
     path = find(source, "config.json", None)
-    return path is not None and read_json(path).get("model_type") in FAMILIES
+    model_type = None if path is None else read_json(path).get("model_type")
+    return isinstance(model_type, str) and model_type in FAMILIES
 
 
 def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
@@ -132,7 +141,7 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
     model_type, family = _family(fields)
     _check_supported(fields)
     known = _with_defaults(fields, family)
-    heads, width, layers = _sizes(known)
+    heads, head_dim, layers = _sizes(known)
     _check_overrides(overrides)
     rope, windows, biases = read_rope(known), family.windows(known, layers), family.biases(known)
     return DecoderConfig(
@@ -140,15 +149,16 @@ def from_hf(fields: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
             "model_type": model_type,
             **{name: known[name] for name in (*_REQUIRED, "max_position_embeddings")},
             "num_key_value_heads": known.get("num_key_value_heads", heads),
-            "head_dim": known.get("head_dim") or width // heads,
-            "rms_norm_eps": _float(known.get("rms_norm_eps", 1e-6)),
+            "head_dim": head_dim,
+            "rms_norm_eps": number("rms_norm_eps", known.get("rms_norm_eps", 1e-6), "in [0, 1)", 0, 1),
             "rope": rope,
             "windows": windows,
             "qkv_bias": biases.qkv,
             "out_bias": biases.out,
             "mlp_bias": biases.mlp,
             "qk_norm": family.qk_norm,
-            "tie_word_embeddings": bool(known.get("tie_word_embeddings", False)),
+            "tie_word_embeddings": flag("tie_word_embeddings", known.get("tie_word_embeddings", False)),
+            "generation": read_generation(known, size("vocab_size", known["vocab_size"])),
             **overrides,
         }
     )
@@ -159,8 +169,8 @@ def _family(fields: Fields) -> tuple[str, Family]:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not one that the decoder runs: {', '.join(FAMILIES)}. Encoders and T5 load "
-            "with peanut_jax.models.hf.load"
+            f"model_type {shown(model_type)} is not one that the decoder runs: {', '.join(FAMILIES)}. Encoders and T5 "
+            "load with peanut_jax.models.hf.load"
         )
     return model_type, FAMILIES[model_type]
 
@@ -171,40 +181,35 @@ def _check_supported(fields: Fields) -> None:
     for name, allowed in _NEUTRAL.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(
-                f"{name}={fields[name]!r} is not supported: the model would be another function without it (supported: "
-                f"{', '.join(map(repr, allowed))})"
+                f"{name}={shown(fields[name])} is not supported: the model would be another function without it "
+                f"(supported: {', '.join(map(repr, allowed))})"
             )
 
 
 def _with_defaults(fields: Fields, family: Family) -> dict[str, Any]:
     """The fields, and the family's defaults for those that are left out or null."""
     known = {**family.defaults, **{name: value for name, value in fields.items() if value is not None}}
-    # For these two null is a value: no window, and as many heads as queries have.
-    if "sliding_window" in fields and fields["sliding_window"] is None:
-        known["sliding_window"] = None
+    # For these null is a value: no window, no token that ends, and as many heads as queries have.
+    for name in ("sliding_window", "eos_token_id"):
+        if name in fields and fields[name] is None:
+            known[name] = None
     if "num_key_value_heads" in fields and fields["num_key_value_heads"] is None:
-        del known["num_key_value_heads"]
+        known.pop("num_key_value_heads", None)
     return known
 
 
 def _sizes(known: Fields) -> tuple[int, int, int]:
-    """Heads, width and layers, checked before anything is computed from them."""
+    """Heads, their width and layers, checked before anything is computed from them."""
     names = ("num_attention_heads", "hidden_size", "num_hidden_layers")
-    for name in names:
-        value = known[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    heads, width, layers = (known[name] for name in names)
-    if known.get("head_dim") is None and width % heads:
+    heads, width, layers = (size(name, known[name]) for name in names)
+    if known.get("head_dim") is not None:
+        return heads, size("head_dim", known["head_dim"]), layers
+    if width % heads:
         raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads} without a head_dim")
-    return heads, width, layers
+    return heads, width // heads, layers
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     if unknown := sorted(overrides.keys() - names):
         raise ValueError(f"{unknown[0]!r} is no field of DecoderConfig; fields: {', '.join(sorted(names))}")
-
-
-def _float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -4,22 +4,33 @@ Prompts are padded on the left to a power of two, and the cache has room for a p
 prompts of like lengths share one compiled function. Adapters work unmerged: one for all rows, or one for each row.
 """
 
+import functools
+import logging
+import sys
 from collections.abc import Sequence
-from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from peanut_jax.models.beam import beam_search
+from peanut_jax.methods.fields import is_int
+from peanut_jax.models.beam import beam_search, continuations
+from peanut_jax.models.config_fields import number, shown
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.decoding import Prompts
-from peanut_jax.models.sampling import Sampling, sample
+from peanut_jax.models.generation_config import Sampling
+from peanut_jax.models.sampling import sample
 from peanut_jax.models.serving import Factors, serve
+from peanut_jax.models.token_ids import check_inside, id_list
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_BUCKET = 16
+# Each beam takes a row of the cache; published searches have up to some hundred.
+MOST_BEAMS = 1024
 
 
 def generate(
@@ -28,7 +39,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] | None = (),
+    eos_token_ids: int | Sequence[int] | None = None,
     factors: Factors | Sequence[Factors] | None = None,
     adapter_ids: Sequence[int] | None = None,
     sampling: Sampling | None = None,
@@ -44,11 +55,13 @@ def generate(
             an adapter that has saved modules.
         prompts: Token ids, of any lengths.
         max_new_tokens: The most to append.
-        eos_token_ids: Ends a continuation, which includes it.
+        eos_token_ids: Tokens that end a continuation, which includes its end. None takes those of the checkpoint's
+            generation_config.json (`model.config.generation.eos_token_ids`); `()` lets no token end it.
         factors: What `pj.factors` or `pj.compute_updates` gives for an adapter, which is then applied unmerged; or a
             list of that for several adapters.
         adapter_ids: With several adapters: the number of each prompt's.
-        sampling: None is greedy.
+        sampling: None is greedy, whatever generation_config.json says; `model.config.generation.sampling` draws as it
+            says, and is None where it says nothing.
         key: For sampling.
         num_beams: More than 1 searches with beams, as transformers does with early_stopping=False.
         length_penalty: A finished beam's score is its log-probability / length ** length_penalty.
@@ -57,8 +70,8 @@ def generate(
         The new tokens of each prompt.
 
     Raises:
-        ValueError: an empty prompt, a token that the model does not have, more tokens than its context holds, arguments
-            that contradict each other.
+        ValueError: an empty prompt, a token that the model does not have, more tokens than its context holds, a beam
+            search in which every token is an end, arguments that contradict each other.
 
     Examples:
         >>> from peanut_jax.models.generate import generate
@@ -68,13 +81,18 @@ def generate(
         >>> [len(answer) for answer in answers]
         [8, 8]
     """
-    eos = () if eos_token_ids is None else tuple(int(token) for token in np.ravel(np.asarray(eos_token_ids, np.int64)))
-    _check(model.config, prompts, max_new_tokens, num_beams)
+    config = model.config
+    rows = _prompt_rows(config, prompts, max_new_tokens)
+    eos = _ends(config, eos_token_ids)
+    _check_beams(config, num_beams, length_penalty, len(eos))
+    _note_ignored(config.generation.ignored)
+    if not isinstance(sampling, Sampling | None):
+        raise ValueError(f"sampling must be a Sampling or None, got {shown(sampling)}")
     if sampling is not None and (key is None or num_beams > 1):
         raise ValueError("sampling needs a key, and does not go with num_beams")
-    served = serve(factors, adapter_ids, len(prompts), num_beams)
-    tokens, real = left_padded(prompts)
-    room = tokens.shape[1] + bucket(max_new_tokens)
+    served = serve(factors, adapter_ids, len(rows), num_beams)
+    tokens, real = left_padded(rows)
+    room = tokens.shape[1] + bucket(int(max_new_tokens))
     start = Prompts(params, tokens, real, served, jnp.int32(max_new_tokens))
     if num_beams > 1:
         penalty = float(length_penalty)
@@ -91,7 +109,7 @@ def bucket(length: int) -> int:
 
 
 def left_padded(
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
 ) -> tuple[Int[Array, "batch prompt"], Bool[Array, "batch prompt"]]:
     """The prompts in one array, padded on the left, and where they are not padding."""
     length = bucket(max(map(len, prompts)))
@@ -101,29 +119,56 @@ def left_padded(
     return jnp.asarray(tokens), jnp.asarray(real)
 
 
-def _check(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _prompt_rows(config: DecoderConfig, prompts: Any, max_new_tokens: int) -> list[np.ndarray]:
+    """The prompts, checked: ids of the vocabulary that leave room for the new tokens."""
+    _check_count("max_new_tokens", max_new_tokens)
+    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 2) == 0:
+        raise ValueError(f"prompts must be lists of token ids, got {shown(prompts)}")
     if not len(prompts):
         raise ValueError("prompts is empty: give one or more lists of token ids")
-    for row, prompt in enumerate(prompts):
-        _check_prompt(config, row, prompt, max_new_tokens)
+    rows = [id_list(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
+    for row, ids in enumerate(rows):
+        if not ids.size:
+            raise ValueError(f"prompt {row} is empty: a model continues at least one token, such as its bos_token_id")
+        if len(ids) + max_new_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"prompt {row} has {len(ids)} tokens, and with max_new_tokens={max_new_tokens} exceeds the model's "
+                f"context of {config.max_position_embeddings}"
+            )
+        check_inside(f"prompt {row} holds", ids, config.vocab_size)
+    return rows
 
 
-def _check_prompt(config: DecoderConfig, row: int, prompt: Sequence[int], max_new_tokens: int) -> None:
-    context, vocab = config.max_position_embeddings, config.vocab_size
-    if np.ndim(prompt) != 1 or (len(prompt) and np.asarray(prompt).dtype.kind not in "iu"):
-        raise ValueError(f"prompt {row} must be a list of token ids, got {prompt!r}")
-    if not len(prompt):
-        raise ValueError(f"prompt {row} is empty: a model continues at least one token, such as its bos_token_id")
-    if len(prompt) + max_new_tokens > context:
+def _ends(config: DecoderConfig, eos_token_ids: Any) -> tuple[int, ...]:
+    """The tokens that end a continuation, each once."""
+    if eos_token_ids is None:
+        return config.generation.eos_token_ids
+    alone = is_int(eos_token_ids) or getattr(eos_token_ids, "ndim", None) == 0
+    ids = id_list("eos_token_ids", [eos_token_ids] if alone else eos_token_ids)
+    check_inside("eos_token_ids hold", ids, config.vocab_size)
+    return tuple(dict.fromkeys(ids.tolist()))
+
+
+def _check_beams(config: DecoderConfig, num_beams: int, length_penalty: float, ends: int) -> None:
+    _check_count("num_beams", num_beams)
+    if num_beams > MOST_BEAMS:
+        raise ValueError(f"num_beams must be at most {MOST_BEAMS}, got {shown(num_beams)}")
+    number("length_penalty", length_penalty, "that is finite", -sys.float_info.max, sys.float_info.max)
+    kept = continuations(ends)
+    if num_beams > 1 and kept > config.vocab_size:
         raise ValueError(
-            f"prompt {row} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} exceeds the model's "
-            f"context of {context}"
+            f"num_beams={num_beams} keeps {kept} continuations of each beam, so that one goes on beside the {ends} "
+            f"eos_token_ids, and the vocabulary has {config.vocab_size}: leave some ends out, or search without beams"
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise ValueError(
-            f"prompt {row} holds token {max(prompt) if min(prompt) >= 0 else min(prompt)}, outside the model's "
-            f"vocabulary of {vocab}; is the tokenizer this model's?"
-        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not is_int(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+
+
+@functools.cache
+def _note_ignored(ignored: tuple[str, ...]) -> None:
+    """Logs once what the checkpoint's generation_config.json asks for and is not done."""
+    if ignored:
+        logger.warning("generation_config.json asks for what generate does not do: %s", "; ".join(ignored))

@@ -1,5 +1,6 @@
 """Checkpoints of the decoder, streamed: from safetensors straight into stacked, cast and sharded arrays."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,9 +17,10 @@ from peanut_jax.base.kernels import COLLECTION, flatten, replace
 from peanut_jax.base.origin import note
 from peanut_jax.base.torch_names import container, tensor_names
 from peanut_jax.files.safetensors import finite
-from peanut_jax.files.torch_checkpoint import Checkpoint, open_checkpoint
+from peanut_jax.files.torch_checkpoint import HEAD, Checkpoint, check_tied_head, open_checkpoint
 from peanut_jax.models.decoder import Decoder, kept_dtype, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, read_config
+from peanut_jax.models.generation_config import generation_of
 from peanut_jax.sharding.mesh import param_shardings
 
 # Tensors that some checkpoints hold and no model reads: the rotary frequencies are computed.
@@ -45,15 +47,18 @@ def load_decoder(
         dtype: Of activations, kernels and embeddings. Norms stay float32.
         mesh: Devices to spread the parameters over; None puts them on the default device.
         rules: As for `sharding.param_shardings`; None takes `sharding.rules_for`. Needs a mesh.
-        **overrides: Fields of `DecoderConfig`, such as `remat="dots"`.
+        **overrides: Fields of `DecoderConfig`, such as `remat="dots"`. `tie_word_embeddings=False` takes the head that
+            the checkpoint holds.
 
     Returns:
-        The model, and its variables: `model.apply(params, tokens)`.
+        The model, and its variables: `model.apply(params, tokens)`. `model.config.generation` is what
+        generation_config.json says.
 
     Raises:
         FileNotFoundError: no such folder or repository, a shard that is missing.
-        ValueError: a config that the decoder does not run; tensors that are missing, left over, misshapen, quantised or
-            hold a NaN; rules that do not fit.
+        ValueError: a config that the decoder does not run; a generation_config.json that cannot be; tensors that are
+            missing, left over, misshapen, quantised or hold a NaN; a head that the config ties to the embedding and
+            that differs from it; rules that do not fit.
 
     Examples:
         >>> from peanut_jax.models.loading import load_decoder
@@ -68,9 +73,12 @@ def load_decoder(
     if mesh is None and rules is not None:
         raise ValueError("rules need a mesh: they say how its axes cut the parameters")
     config = read_config(str(source), **overrides)
+    checkpoint = open_checkpoint(source)
+    generation = generation_of(checkpoint.folder, config.vocab_size)
+    if generation is not None and "generation" not in overrides:
+        config = dataclasses.replace(config, generation=generation)
     model = Decoder(config, dtype)
     leaves = flatten(variable_shapes(model))
-    checkpoint = open_checkpoint(source)
     _check_tensors(checkpoint, leaves, config.tie_word_embeddings)
     arrays = {}
     for path, sharding in _shardings(leaves, config, mesh, rules).items():
@@ -128,14 +136,18 @@ def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool
             expected[name] = shape[::-1] if path.endswith("kernel") else shape
     missing = [name for name in expected if name not in checkpoint.entries]
     if missing:
+        way_out = "; if the head is the embedding, set tie_word_embeddings to true there" if missing == [HEAD] else ""
         raise ValueError(
             f"{checkpoint.folder} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]!r}"
+            f"{way_out}"
         )
     for name, shape in expected.items():
         if checkpoint.entries[name].shape != shape:
             raise ValueError(f"{name!r} is {checkpoint.entries[name].shape}, and its config.json makes it {shape}")
     extra = [name for name in checkpoint.entries if name not in expected and not _BUFFERS.fullmatch(name)]
-    extra = [name for name in extra if not (tied and name == "lm_head.weight")]  # a copy of the embedding
+    if tied and HEAD in extra:
+        check_tied_head(checkpoint)
+        extra.remove(HEAD)  # a copy of the embedding
     if extra:
         raise ValueError(
             f"{checkpoint.folder} holds {len(extra)} tensors that the decoder has no place for, first {extra[0]!r}: "

@@ -6,6 +6,7 @@ References:
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from peanut_jax.models.config_fields import number, shown, size
+
 # Rope type -> the fields that it needs.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# What says that there is a rope, and nothing more: transformers 4's name of the type, 5's, and 5's place of the base.
+_NAMES = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
+# Beyond them the frequencies are not numbers in float32; published models have a theta of up to 1e9.
+_SMALLEST, _LARGEST = 1e-6, 1e15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +43,78 @@ class Rope:
 def read_rope(fields: Mapping[str, Any]) -> Rope:
     """The rotary embedding that the fields of a config.json mean.
 
-    transformers 4 keeps rope_theta beside rope_scaling; 5 puts both into rope_parameters.
+    transformers 4 keeps rope_theta beside rope_scaling; 5 puts both into rope_parameters. A file may hold both, where
+    they say the same.
 
     Raises:
-        ValueError: a type that is not supported, a field that is missing or not a positive number.
+        ValueError: a type that is not supported, a field that is missing or not a positive number, two places that
+            contradict each other.
     """
-    raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"rope_scaling must be an object, got {raw!r}")
-    given = dict(raw)
-    if given.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']!r} is not supported (supported: 1)")
-    theta = given.pop("rope_theta", fields.get("rope_theta", 10000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _FIELDS:
-        raise ValueError(f"rope type {kind!r} is not supported, only {', '.join(_FIELDS)}")
-    if missing := [name for name in _FIELDS[kind] if name not in given]:
+    theta = fields.get("rope_theta")
+    if theta is not None:
+        theta = _positive("rope_theta", theta)
+    given = {name: fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name) is not None}
+    read = {name: _read(name, value, theta) for name, value in given.items()}
+    if len(read) == 2 and read["rope_parameters"] != read["rope_scaling"]:
+        raise ValueError(
+            f"rope_parameters={shown(given['rope_parameters'])} and rope_scaling={shown(given['rope_scaling'])} "
+            "contradict each other; keep the one that the model was trained with"
+        )
+    return next(iter(read.values()), Rope() if theta is None else Rope(theta))
+
+
+def _read(place: str, value: Any, theta: float | None) -> Rope:
+    """The rotary embedding of one object.
+
+    Args:
+        place: The field that holds it.
+        theta: The rope_theta beside it.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{place} must be an object, got {shown(value)}")
+    nested = next((name for name, own in value.items() if isinstance(own, Mapping)), None)
+    if nested is not None:
+        raise ValueError(f"{place} by type of layer ({shown(nested)}) is not supported, only one for all layers")
+    if value.get("partial_rotary_factor") not in (1, None):
+        raise ValueError(
+            f"partial_rotary_factor={shown(value['partial_rotary_factor'])} is not supported (supported: 1)"
+        )
+    own = theta if value.get("rope_theta") is None else _positive("rope_theta", value["rope_theta"])
+    if theta not in (None, own):
+        raise ValueError(f"rope_theta={theta} and the rope_theta={own} of {place} contradict each other")
+    kind = _kind(place, value)
+    needed = _FIELDS[kind]
+    if missing := [name for name in needed if value.get(name) is None]:
         raise ValueError(f"rope type {kind!r} needs {missing[0]}")
-    own = {name: given[name] for name in _FIELDS[kind]}
-    for name, value in {"rope_theta": theta, **own}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-    return Rope(theta=float(theta), type=kind, **own)
+    rope = Rope(Rope.theta if own is None else own, kind, **{name: _positive(name, value[name]) for name in needed})
+    if not rope.low_freq_factor < rope.high_freq_factor:
+        raise ValueError(
+            f"low_freq_factor={rope.low_freq_factor} must be below high_freq_factor={rope.high_freq_factor}"
+        )
+    return rope
+
+
+def _kind(place: str, value: Mapping[str, Any]) -> str:
+    """The type of an object's rope, which both versions' names give alike."""
+    named = {name: value[name] for name in ("rope_type", "type") if value.get(name) is not None}
+    for kind in named.values():
+        if not isinstance(kind, str) or kind not in _FIELDS:
+            raise ValueError(f"rope type {shown(kind)} is not supported, only {', '.join(_FIELDS)}")
+    if len(set(named.values())) > 1:
+        both = f"rope_type={named['rope_type']!r} and type={named['type']!r}"
+        raise ValueError(f"{both} of {place} contradict each other")
+    if not named and (other := [name for name in value if name not in _NAMES]):
+        raise ValueError(f"{place} has {shown(other[0])} and lacks rope_type, one of {', '.join(_FIELDS)}")
+    return next(iter(named.values()), "default")
+
+
+def _positive(name: str, value: Any) -> Any:
+    if name == "original_max_position_embeddings":
+        return size(name, value)
+    found = number(name, value, "above 0", sys.float_info.min, sys.float_info.max)
+    if not _SMALLEST <= found <= _LARGEST:
+        raise ValueError(f"{name} must be between {_SMALLEST:g} and {_LARGEST:g}, got {shown(value)}")
+    return found
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:

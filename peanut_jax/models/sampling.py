@@ -4,7 +4,6 @@ References:
     transformers 4.57, `generation/utils.py` (`_sample`) and `generation/logits_process.py`.
 """
 
-import dataclasses
 from functools import partial
 
 import flax.struct
@@ -16,31 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.decoding import Prompts, among, read_prompts, read_token
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn; the filters apply in this order.
-
-    Args:
-        temperature: Divides the logits.
-        top_k: Keeps the k largest; None keeps all.
-        top_p: Keeps the fewest of the largest whose probabilities reach p; 1 keeps all.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature!r}; without sampling it is greedy")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k must be an integer of at least 1 or None, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+from peanut_jax.models.generation_config import Sampling
 
 
 @flax.struct.dataclass

@@ -7,10 +7,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.frontends.linen import bind
 from peanut_jax.models.cache import Cache, change_rows, row_axes
+from peanut_jax.models.config_fields import shown
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.updates import KernelUpdate, Updates, checked, map_with_axes
 
@@ -60,14 +62,16 @@ def by_row(adapters: Sequence[Updates], adapter_ids: Sequence[int], rows: int, c
         ValueError: ids that are not one for each row, each an adapter's number; adapters without any kernel, or of
             methods whose updates of one kernel differ in kind.
     """
-    if len(adapter_ids) != rows or not all(0 <= one < len(adapters) for one in adapter_ids):
-        raise ValueError(f"adapter_ids must be {rows} numbers below {len(adapters)}, got {list(adapter_ids)}")
+    chosen = np.asarray(adapter_ids)
+    whole = chosen.shape == (rows,) and chosen.dtype.kind in "iu"
+    if not whole or not all(0 <= one < len(adapters) for one in chosen):
+        raise ValueError(f"adapter_ids must be {rows} numbers below {len(adapters)}, got {shown(chosen.tolist())}")
     if not any(adapters):
         raise ValueError("factors holds no adapted kernel")
     widest = _own_sizes(update for tree in adapters for update in tree.values())
     like: Updates = {path: update for tree in adapters for path, update in tree.items()}
     alike = [{path: _filled_up(tree.get(path), one, widest, path) for path, one in like.items()} for tree in adapters]
-    ids = jnp.repeat(jnp.asarray(adapter_ids), copies)
+    ids = jnp.repeat(jnp.asarray(chosen), copies)
     return RowUpdates(jax.tree.map(lambda *arrays: jnp.stack(arrays)[ids], *alike))
 
 

@@ -5,24 +5,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from peanut_jax.models.token_ids import check_inside, id_list
+
 Example = tuple[Sequence[int], Sequence[int]]
 
 
-def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+def pack(examples: Sequence[Example], length: int, *, vocab_size: int | None = None) -> dict[str, np.ndarray]:
     """Puts examples into rows of `length` tokens, in their order, each where it first fits.
 
     Args:
         examples: (prompt, response) token ids; an empty prompt for plain text. The response should end with the
             end-of-sequence token.
         length: Tokens of a row. A longer example is truncated, which is an error if nothing of its response is left.
+        vocab_size: The model's; ids that it does not have are refused here, since a compiled step cannot tell. None
+            refuses those that no model has.
 
     Returns:
         [rows, length] arrays: `tokens`; `labels`, the token that follows each; `weights`, 1 where that is one of a
         response; `segments`, the example's number in its row, from 1, and 0 for padding.
 
     Raises:
-        ValueError: no examples; one without a response within `length` tokens.
+        ValueError: no examples; one without a response within `length` tokens; something that is not a token id.
     """
+    for i, (prompt, response) in enumerate(examples):
+        for part, ids in (("prompt", prompt), ("response", response)):
+            known = id_list(f"the {part} of example {i}", ids)
+            check_inside(f"the {part} of example {i} holds", known, 1 << 31 if vocab_size is None else vocab_size)
     plan = plan_rows([(len(prompt), len(response)) for prompt, response in examples], length)
     rows = [pack_row([examples[i] for i in members], length) for members in plan]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -23,6 +23,7 @@ from peanut_jax.files.torch_checkpoint import MERGED_FILE
 from peanut_jax.interop.lora import to_lora_folder
 from peanut_jax.interop.merged import merge_folders
 from peanut_jax.models import hf
+from peanut_jax.models.loading import load_decoder
 from tests.interop.conftest import scanned
 from tests.interop.test_lora import ALL, assert_logits_close
 from tests.interop.test_peft import TASK_TYPES, drawn
@@ -445,6 +446,40 @@ def test_tied_heads(tmp_path, saved):
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=rf"saves '.*{saved}\.weight', and .* ties its head"):
         merge_folders(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory):
+    """A base that ties its head and holds a copy of it, in the file, with an adapter of q_proj and one of the head."""
+    folder = tmp_path_factory.mktemp("tied")
+    fields = {**bridge.SIZES, **bridge.FAMILIES["llama"].fields, "tie_word_embeddings": True}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder / "base")
+    tensors = load_file(folder / "base" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head}, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    for target in ("q_proj", "lm_head"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+        config = peft.PeanutConfig(r=2, target_modules=[target])
+        peft.get_peft_model(model, config).save_pretrained(folder / target)
+    shutil.copytree(folder / "base", folder / "other")
+    head[3, 1] += 1e-3
+    save_file({**tensors, "lm_head.weight": head}, folder / "other" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_tied_head_in_the_file(with_head, tmp_path):
+    """A copy of the embedding stays; it cannot be adapted apart from it, nor be another matrix from the start."""
+    merge_folders(with_head / "base", [with_head / "q_proj"], tmp_path / "out")
+    load_decoder(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"adapts 'lm_head\.weight', and .* ties its head"):
+        merge_folders(with_head / "base", [with_head / "lm_head"], tmp_path / "no")
+    for write in (
+        lambda: merge_folders(with_head / "other", [with_head / "q_proj"], tmp_path / "no"),
+        lambda: to_lora_folder(with_head / "q_proj", with_head / "other", tmp_path / "no"),
+    ):
+        with pytest.raises(ValueError, match=r"ties the head .*'lm_head\.weight' differs from"):
+            write()
+    assert not (tmp_path / "no").exists()
 
 
 def test_saved_modules_without_a_place(case):

@@ -284,7 +284,7 @@ def test_hub_names(family, saved, monkeypatch):
     """A name goes through huggingface_hub, without pickles."""
     asked = {}
 
-    def snapshot_download(name, revision, ignore_patterns):
+    def snapshot_download(name, revision, ignore_patterns):  # once: the folder holds the weights already
         asked.update(name=name, ignored=ignore_patterns)
         return str(saved)
 

@@ -18,6 +18,7 @@ from peanut_jax.base.kernels import flatten
 from peanut_jax.models import families
 from peanut_jax.models.attention import fits_cudnn
 from peanut_jax.models.cache import empty_cache
+from peanut_jax.models.decoder import _cross_entropy
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.loading import load_decoder, torch_names
 
@@ -135,6 +136,47 @@ def test_nothing_sees_later_tokens_or_other_sequences(family):
     tokens[0, 5] = SIZES["vocab_size"]  # a padding id outside the vocabulary
     padded = forward(params, tokens, mask, segments=np.ones((1, 6), int))
     np.testing.assert_allclose(padded[:, :5], forward(params, tokens[:, :5]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("token", [SIZES["vocab_size"], -1, 2**32 + 3])
+def test_ids_outside_the_vocabulary_are_refused(family, token):
+    """Where the values are known: outside of `jax.jit`, and as constants within."""
+    _, _, model, params = family("llama3")
+    tokens = np.array([[5, 6, token], [7, 8, 9]])
+    message = rf"hold token {token}, outside the model's vocabulary of 90"
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        model.apply(params, tokens)
+    with pytest.raises(ValueError, match=f"tokens {message}"):
+        jax.jit(lambda params: model.apply(params, tokens))(params)
+    with pytest.raises(ValueError, match=f"labels {message}"):
+        model.apply(params, tokens % 9, tokens, np.ones((2, 3)), method="loss")
+
+
+def test_traced_ids_outside_the_vocabulary(family):
+    """NaN for the whole row, never another token's numbers: as an index -1 would be the last row."""
+    _, _, model, params = family("llama3")
+    got = jax.jit(model.apply)(params, np.array([[5, 6, SIZES["vocab_size"]], [5, -1, 6], [7, 8, 9]]))
+    assert np.isnan(got[:2]).all()
+    assert np.isfinite(got[2]).all()
+
+
+def test_labels_outside_the_vocabulary():
+    """Where they count the loss is NaN, and where they do not any id will do."""
+    logits, counts = jnp.arange(12.0).reshape(3, 4) ** 0.5, jnp.array([1.0, 1.0, 0.0])
+    want = -jax.nn.log_softmax(logits)[jnp.arange(2), jnp.array([1, 3])].sum()
+    for last in (-100, 2, 4):
+        np.testing.assert_allclose(_cross_entropy(logits, jnp.array([1, 3, last]), counts), want, rtol=1e-6)
+    for counted in (-100, -1, 4):
+        assert np.isnan(_cross_entropy(logits, jnp.array([1, counted, 2]), counts))
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.array([[1.0, 2.0]]), [[1, 2]], np.array([[True]])], ids=["float", "list", "bool"]
+)
+def test_tokens_are_integers(family, tokens):
+    _, _, model, params = family("llama3")
+    with pytest.raises(ValueError, match="tokens must be an array of integers, got"):
+        model.apply(params, tokens, method="hidden")
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral"])

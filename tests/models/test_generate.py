@@ -62,6 +62,15 @@ def test_greedy_and_beams(models, num_beams, eos):
         assert min(map(len, got)) < 20
 
 
+@pytest.mark.large
+def test_beams_of_which_one_token_goes_on(llama):
+    """As many ends as a search with beams can have."""
+    torch_model, model, params = llama
+    options = {"max_new_tokens": 6, "num_beams": 4}
+    want = torch_generate(torch_model, PROMPTS, eos_token_id=list(range(1, 90)), **options)
+    assert generate(model, params, PROMPTS, eos_token_ids=range(1, 90), **options) == want
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 def test_length_penalty(llama, length_penalty):
     torch_model, model, params = llama
@@ -147,7 +156,7 @@ def test_stories(num_beams):
     model, params = load_decoder(STORIES, jnp.float32)
     prompts = [[1], [1, 403, 407, 261]]
     options = {"max_new_tokens": 199, "num_beams": num_beams}
-    assert generate(model, params, prompts, **options) == torch_generate(
+    assert generate(model, params, prompts, eos_token_ids=(), **options) == torch_generate(
         torch_model, prompts, eos_token_id=None, **options
     )
 
@@ -171,7 +180,25 @@ def test_stories(num_beams):
         ({"prompts": [[1.5]]}, r"prompt 0 must be a list of token ids"),
         ({"factors": [{}], "adapter_ids": [0]}, r"factors holds no adapted kernel"),
         ({"sampling": Sampling()}, r"sampling needs a key"),
+        ({"sampling": {"temperature": 1}}, r"sampling must be a Sampling or None"),
         ({"adapter_ids": [0]}, r"adapter_ids goes with a list"),
+        ({"prompts": [[True, 2]]}, r"prompt 0 must be a list of token ids, got \[True, 2\]"),
+        ({"prompts": [[2**70]]}, r"prompt 0 must be a list of token ids, got \[1180"),
+        ({"prompts": [[2**32 + 5]]}, r"prompt 0 holds token 4294967301, outside"),
+        ({"prompts": [[[1], [1, 2]]]}, r"prompt 0 must be a list of token ids"),
+        ({"prompts": "text"}, r"prompts must be lists of token ids, got 'text'"),
+        ({"prompts": None}, r"prompts must be lists of token ids, got None"),
+        ({"max_new_tokens": True}, r"max_new_tokens must be an integer .* got True"),
+        ({"num_beams": 10**9}, r"num_beams must be at most 1024, got 1000000000"),
+        ({"eos_token_ids": [2.5]}, r"eos_token_ids must be a list of token ids, got \[2\.5\]"),
+        ({"eos_token_ids": 90}, r"eos_token_ids hold token 90, outside the model's vocabulary of 90"),
+        ({"eos_token_ids": [-1]}, r"eos_token_ids hold token -1"),
+        ({"eos_token_ids": "</s>"}, r"eos_token_ids must be a list of token ids, got '</s>'"),
+        ({"length_penalty": float("nan"), "num_beams": 2}, r"length_penalty must be a number that is finite, got nan"),
+        (
+            {"num_beams": 2, "eos_token_ids": range(90)},
+            r"num_beams=2 keeps 91 continuations .* goes on beside the 90 eos_token_ids, and the vocabulary has 90",
+        ),
         ({"factors": [{}], "adapter_ids": [3]}, r"adapter_ids must be 1 numbers below 1, got \[3\]"),
     ],
 )
@@ -185,6 +212,10 @@ def test_bad_arguments(llama, change, message):
     ("fields", "message"),
     [
         ({"temperature": 0}, r"temperature must be above 0"),
+        ({"temperature": float("inf")}, r"temperature must be a number that is finite, got inf"),
+        ({"temperature": "hot"}, r"temperature must be a number that is finite, got 'hot'"),
+        ({"top_p": None}, r"top_p must be a number that is finite, got None"),
+        ({"top_k": True}, r"top_k must be an integer of at least 1 or None, got True"),
         ({"top_k": 0}, r"top_k"),
         ({"top_p": 0.0}, r"top_p must be in"),
     ],

@@ -225,12 +225,18 @@ def test_generates_as_torch_does(tmp_path):
     np.testing.assert_array_equal(got[: len(expected)], expected)  # Flax pads up to the length
 
 
-def test_hub_name(bert, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("flax", [False, True])
+def test_hub_name(bert, monkeypatch, tmp_path, flax):
+    """Each file is asked for alone, so that a repository with Flax's weights and no others loads too."""
+    asked, repository = [], tmp_path if flax else bert
+    if flax:
+        model, params = hf.load(bert)
+        model.save_pretrained(tmp_path, params=params)
+        assert not list(tmp_path.glob("*.safetensors"))
 
     def cached_file(name, filename, revision, **_):
         asked.append((name, revision))
-        path = bert / filename
+        path = repository / filename
         return str(path) if path.exists() else None
 
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
@@ -241,6 +247,25 @@ def test_hub_name(bert, monkeypatch):
 
 
 # ---- every parameter accounted for
+
+
+@pytest.mark.parametrize(("model_type", "task"), [("t5", "seq2seq-lm"), ("gpt2", "causal-lm")])
+def test_a_tied_head_is_the_embedding(model_type, task, tmp_path):
+    """A copy in the file is fine, and of no concern to a model without a head; another matrix would be left out."""
+    save(make_torch(model_type), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = next(array for name, array in tensors.items() if name.endswith(("shared.weight", "wte.weight")))
+
+    def load(head, task):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return hf.load(tmp_path, task)
+
+    load(head, task)
+    load(head + 1e-3, "base")
+    with pytest.raises(
+        ValueError, match=r"ties its head to its embedding, and the checkpoint's 'lm_head\.weight' differs"
+    ):
+        load(head + 1e-3, task)
 
 
 def test_new_head_depends_on_the_seed_and_is_reported(bert, caplog):

@@ -12,6 +12,7 @@ import transformers
 from jax.sharding import AxisType, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from peanut_jax.files import torch_checkpoint
 from peanut_jax.models.loading import load_decoder
 from tests.models.test_decoder import build
 
@@ -131,6 +132,12 @@ def drop(copy):
         ),
         (lambda c: config_with(c, attention_bias=True), ValueError, r"lacks 12 tensors .*bias"),
         (lambda c: sorted(c.glob("*.safetensors"))[1].unlink(), FileNotFoundError, r"lists model-00002.* missing"),
+        (lambda c: (c / "generation_config.json").write_text("[]"), ValueError, r"generation_config\.json must hold"),
+        (
+            lambda c: (c / "generation_config.json").write_text('{"eos_token_id": "2"}'),
+            ValueError,
+            r"generation_config\.json: eos_token_id must be an integer or a list",
+        ),
         (rename_in_index, FileNotFoundError, r"lists model-99999.* missing"),
         (drop, ValueError, r"lacks 1 tensors .* first 'model\.layers\.2\.mlp\.down_proj\.weight'"),
         (
@@ -147,13 +154,49 @@ def test_damaged_checkpoints(copy, damage, error, message):
         load_decoder(copy, jnp.float32)
 
 
-def test_a_tied_head_may_be_in_the_file_too(tmp_path):
-    """Some checkpoints hold a copy of the embedding as lm_head."""
-    _, _, params = build("qwen2", tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, file, metadata={"format": "pt"})
-    assert_identical(load_decoder(tmp_path, jnp.float32)[1], params)
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A checkpoint whose config ties the head, its parameters, and its tensors."""
+    folder = tmp_path_factory.mktemp("tied")
+    _, _, params = build("qwen2", folder)
+    return folder, params, load_file(folder / "model.safetensors")
+
+
+def with_head(tied, tmp_path, head):
+    shutil.copy(tied[0] / "config.json", tmp_path)
+    save_file({**tied[2], "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_a_tied_head_may_be_in_the_file_too(tied, tmp_path):
+    """Some checkpoints hold a copy of the embedding as lm_head; the dtype is not what matters."""
+    folder = with_head(tied, tmp_path, tied[2][EMBEDDING])
+    assert_identical(load_decoder(folder, jnp.float32)[1], tied[1])
+    with_head(tied, tmp_path, tied[2][EMBEDDING].astype(np.float64))
+    assert_identical(load_decoder(folder, jnp.float32)[1], tied[1])
+
+
+@pytest.mark.parametrize("row", [0, 89])
+def test_a_tied_head_that_differs(tied, tmp_path, row, monkeypatch):
+    """Which of the two is meant, only the user can say."""
+    monkeypatch.setattr(torch_checkpoint, "_BLOCK_BYTES", 1000)  # blocks of some rows
+    head = tied[2][EMBEDDING].copy()
+    head[row, 5] += 1e-3
+    folder = with_head(tied, tmp_path, head)
+    with pytest.raises(
+        ValueError, match=r"ties the head .*'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"
+    ):
+        load_decoder(folder, jnp.float32)
+    _, params = load_decoder(folder, jnp.float32, tie_word_embeddings=False)
+    np.testing.assert_array_equal(params["params"]["lm_head"]["kernel"], head.T)
+
+
+def test_a_head_that_is_missing(tied):
+    with pytest.raises(ValueError, match=r"first 'lm_head\.weight'; if the head is the embedding, set tie_word_emb"):
+        load_decoder(tied[0], jnp.float32, tie_word_embeddings=False)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_left_out(copy, built):

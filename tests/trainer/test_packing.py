@@ -37,3 +37,27 @@ def test_long_examples_are_cut():
 def test_bad_examples(examples, message):
     with pytest.raises(ValueError, match=message):
         pack(examples, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (([1, 2], [90]), r"the response of example 1 holds token 90, outside the model's vocabulary of 90"),
+        (([-1, 2], [3]), r"the prompt of example 1 holds token -1"),
+        (([1, 2.5], [3]), r"the prompt of example 1 must be a list of token ids, got \[1, 2\.5\]"),
+        (([1], [True]), r"the response of example 1 must be a list of token ids, got \[True\]"),
+        (([1], [2**40]), r"the response of example 1 holds token 1099511627776"),
+        (([1], ["a"]), r"the response of example 1 must be a list of token ids"),
+    ],
+)
+def test_what_is_not_a_token_id(example, message):
+    with pytest.raises(ValueError, match=message):
+        pack([([1], [2]), example], 8, vocab_size=90)
+
+
+def test_ids_that_no_model_has():
+    assert pack([([1], [90, 2])], 8)["tokens"][0, 1] == 90
+    with pytest.raises(ValueError, match="holds token -100"):
+        pack([([1], [-100, 2])], 8)
+    with pytest.raises(ValueError, match="holds token 2147483648"):
+        pack([([1], [2**31])], 8)

@@ -1,22 +1,23 @@
 """Qwen2, with its fixed biases, and Qwen3, with norms on queries and keys."""
 
-from peanut_jax.models.families.family import Biases, Family, Fields, Windows
+from peanut_jax.models.config_fields import flag, shown, size
+from peanut_jax.models.families.family import Biases, Family, Fields, Windows, window_of
+
+_TYPES = ("full_attention", "sliding_attention")
 
 
 def _windows(fields: Fields, layers: int) -> Windows:
     """The window is that of the layers that layer_types names, or of all from max_window_layers on."""
-    window = fields["sliding_window"]
-    if window is None or not fields.get("use_sliding_window", False):
-        return (None,) * layers
-    types = fields.get("layer_types")
+    window, used = window_of(fields), flag("use_sliding_window", fields["use_sliding_window"])
+    first, types = size("max_window_layers", fields["max_window_layers"], 0), fields.get("layer_types")
     if types is None:
-        first = fields.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(layers))
-    if len(types) != layers or any(one not in ("full_attention", "sliding_attention") for one in types):
+        types = [_TYPES[layer >= first] for layer in range(layers)]
+    if not isinstance(types, (list, tuple)) or len(types) != layers or any(one not in _TYPES for one in types):
         raise ValueError(
-            f"layer_types must be full_attention or sliding_attention for each of {layers} layers, got {types}"
+            f"layer_types must be a list of full_attention or sliding_attention, for each of {layers} layers, got "
+            f"{shown(types)}"
         )
-    return tuple(window if one == "sliding_attention" else None for one in types)
+    return tuple(window if used and one == "sliding_attention" else None for one in types)
 
 
 def _qwen2_biases(fields: Fields) -> Biases:
@@ -25,12 +26,18 @@ def _qwen2_biases(fields: Fields) -> Biases:
 
 
 def _qwen3_biases(fields: Fields) -> Biases:
-    attention = bool(fields["attention_bias"])
+    attention = flag("attention_bias", fields["attention_bias"])
     return Biases(qkv=attention, out=attention)
 
 
 QWEN2 = Family(
-    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    defaults={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
     biases=_qwen2_biases,
     windows=_windows,
 )
