@@ -12,8 +12,13 @@ from peanut_jax.methods.peanut import PeanutConfig
 
 
 def add_command(commands, name, run, summary, description) -> argparse.ArgumentParser:
+    """A command: `run` takes its arguments and returns None or an exit status.
+
+    `trouble` is the status after an error, and `interrupted` what is said of the results after ctrl-C; commands for
+    which these are not right set others.
+    """
     command = commands.add_parser(name, help=summary, description=description)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, trouble=1, interrupted="")
     return command
 
 
