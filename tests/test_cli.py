@@ -414,7 +414,7 @@ def test_version(capsys):
         (["inspect", "a b"], "'a b' does not exist here, and cannot be a hub name"),
         (["inspect", "absent/name"], "'absent/name' is not a folder here, "),
         (["inspect", "{base}/config.json"], "config.json' is a file; give the folder that holds it"),
-        (["inspect", "{tmp}"], "has no config.json, as it is empty; give the folder of a model"),
+        (["inspect", "{tmp}"], "a folder that save_pretrained wrote, or a hub name. This one is empty"),
         (["inspect", "{base}", "--config", "absent.json"], "absent.json: No such file or directory"),
         (
             ["plan", "--config-json", "x/y/z", "--mesh", "data=1", "--batch", "1", "--seq", "1"],

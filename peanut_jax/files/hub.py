@@ -63,8 +63,6 @@ def _refuse_path(source: str) -> None:
     """
     if Path(source).exists():
         raise FileNotFoundError(f"{source!r} is a file; give the folder that holds it")
-    if not source:
-        raise FileNotFoundError("the name of a folder is empty; give a folder or a hub name")
     if source.startswith("~"):
         raise FileNotFoundError(f"{source!r} does not exist; write the whole path, as ~ is the shell's to fill in")
     if source.startswith((".", os.sep)) or source.endswith(os.sep) or len(Path(source).parts) > 2:
@@ -90,16 +88,18 @@ def without_config(source: str) -> str:
         )
     if (folder / "adapter_config.json").is_file():
         return f"{source!r} holds an adapter, and a model is needed here: give the base that the adapter was trained on"
-    return f"{source!r} has no config.json{_content(folder)}; give the folder of a model, as save_pretrained writes it"
+    names = _names(folder)
+    return (
+        f"{source!r} has no config.json; give a folder that save_pretrained wrote, or a hub name. This one "
+        f"{'holds ' + names if names else 'is empty'}"
+    )
 
 
-def _content(folder: Path) -> str:
-    """The first files of a folder, for an error."""
+def _names(folder: Path) -> str:
+    """The first files of a folder, for an error; an empty string where there are none."""
     names = sorted(file.name for file in folder.iterdir())
-    if not names:
-        return ", as it is empty"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f" (it holds {', '.join(name[:40] for name in names[:4])}{more})"
+    return ", ".join(name if len(name) <= 40 else f"{name[:39]}\N{HORIZONTAL ELLIPSIS}" for name in names[:4]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
         if index := find(source, f"{filename}.index.json", revision):
             return _shards(source, index, revision)
     folder = Path(source)
-    there = _content(folder) if folder.is_dir() else ""
+    there = f" (only {_names(folder)})" if folder.is_dir() else ""
     raise FileNotFoundError(
         f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
         "read: convert them once where PyTorch is installed, with "
