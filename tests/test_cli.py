@@ -86,8 +86,8 @@ def test_other_architectures_and_targets(config, flags, found, tmp_path, capsys)
 def test_a_pefts_adapter_config_is_read(roberta, tmp_path, capsys):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"peft_type": "PEANUT", "r": 2, "target_modules": ["key"], "inference_mode": True}))
-    _, out, _ = run(capsys, roberta, "--config", file)
-    assert out.count("/key/kernel") == 2
+    for path in (file, tmp_path):
+        assert run(capsys, roberta, "--config", path)[1].count("/key/kernel") == 2
     file.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["key"]}))
     code, out, _ = run(capsys, roberta, "--config", file)
     assert (code, out.count("/key/kernel")) == (0, 2)
@@ -415,7 +415,15 @@ def test_version(capsys):
         (["inspect", "absent/name"], "'absent/name' is not a folder here, "),
         (["inspect", "{base}/config.json"], "config.json' is a file; give the folder that holds it"),
         (["inspect", "{tmp}"], "a folder that save_pretrained wrote, or a hub name. This one is empty"),
-        (["inspect", "{base}", "--config", "absent.json"], "absent.json: No such file or directory"),
+        (
+            ["inspect", "{base}", "--config", "absent.json"],
+            "--config 'absent.json' does not exist; give an adapter_config.json",
+        ),
+        (
+            ["inspect", "{base}", "--config", "{base}"],
+            "base' has no adapter_config.json; give an adapter_config.json, or",
+        ),
+        (["inspect", "{base}", "--config", "{base}/config.json"], "config.json: peft_type must be one of"),
         (
             ["plan", "--config-json", "x/y/z", "--mesh", "data=1", "--batch", "1", "--seq", "1"],
             "'x/y/z' does not exist",

@@ -76,7 +76,7 @@ def refuse_filled(path: Path, overwrite: bool, marker: str) -> None:
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{there} cannot be written into: permission denied; give another folder")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
+        raise FileExistsError(f"{path} is a file, not a folder; give another folder")
     filled = path.is_dir() and any(path.iterdir())
     if filled and not overwrite:
         raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")

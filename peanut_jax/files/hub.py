@@ -129,9 +129,11 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
             return _shards(source, index, revision)
     folder = Path(source)
     there = f" (only {_names(folder)})" if folder.is_dir() else ""
+    what = f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}"
+    if folder.is_dir() and not any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
+        raise FileNotFoundError(f"{what}; fetch the weights too, or give the folder that holds them")
     raise FileNotFoundError(
-        f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
-        "read: convert them once where PyTorch is installed, with "
+        f"{what}. Pickle files (.bin) are never read: convert them once where PyTorch is installed, with "
         "AutoModel.from_pretrained(source).save_pretrained(folder, safe_serialization=True)"
     )
 
