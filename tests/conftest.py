@@ -22,7 +22,8 @@ CHECKED = [f"peanut_jax.{name}" for name in (
     "base.digest", "frontends.linen_modules", "sharding",
     "models.attention", "models.beam", "models.decoder", "models.decoding", "models.layers", "models.rope",
     "models.serving",
-    "interop.lora", "interop.merged", "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
+    "interop.lora", "interop.lora_factors", "interop.merged",
+    "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
 )]  # fmt: skip
 with install_import_hook(CHECKED, "beartype.beartype"):
     import peanut_jax

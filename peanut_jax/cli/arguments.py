@@ -12,8 +12,13 @@ from peanut_jax.methods.peanut import PeanutConfig
 
 
 def add_command(commands, name, run, summary, description) -> argparse.ArgumentParser:
+    """A command: `run` takes its arguments and returns None or an exit status.
+
+    `trouble` is the status after an error, and `interrupted` what is said of the results after ctrl-C; commands for
+    which these are not right set others.
+    """
     command = commands.add_parser(name, help=summary, description=description)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, trouble=1, interrupted="")
     return command
 
 
@@ -23,7 +28,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="an adapter_config.json to start from, of any method (default: a PEANuT)",
+        help="an adapter_config.json, or its folder, to start from, of any method (default: a PEANuT)",
     )
     fields = command.add_argument_group("config fields", "as in the method's config")
     fields.add_argument("--r", "--rank", type=int)
@@ -52,7 +57,20 @@ def config_from(args: argparse.Namespace) -> Method:
         fields["target_modules"] = ALL_LINEAR
     if args.config is None:
         return PeanutConfig(**fields)
-    start = peft_folder.config_of(read_json(args.config))
+    start = _read_config(args.config)
     if foreign := sorted(fields.keys() - vars(start).keys()):
         raise ValueError(f"{args.config} holds a {type(start).__name__}, which has no {foreign[0]}")
     return dataclasses.replace(start, **fields)
+
+
+def _read_config(path: Path) -> Method:
+    """The method that an `adapter_config.json`, or the one in a folder, describes."""
+    file = path / peft_folder.CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        what = f"has no {peft_folder.CONFIG_FILE}" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"--config {str(path)!r} {what}; give an {peft_folder.CONFIG_FILE}, or its folder")
+    fields = read_json(file)
+    try:
+        return peft_folder.config_of(fields)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -1,14 +1,14 @@
 """peanut-jax inspect: what a config would adapt, or what an adapter folder holds."""
 
 import argparse
-from pathlib import Path
 
 import jax
 
 from peanut_jax.adapters import init
 from peanut_jax.base.kernels import flatten
 from peanut_jax.cli.arguments import add_command, add_config, config_from
-from peanut_jax.cli.tables import make_table, print_table
+from peanut_jax.cli.folders import check_adapter, is_adapter
+from peanut_jax.cli.tables import path_table, print_table
 from peanut_jax.interop import peft_folder
 from peanut_jax.models import decoder_config, hf
 from peanut_jax.models.loading import decoder_shapes
@@ -34,29 +34,29 @@ def add_inspect(commands) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    folder = Path(args.model)
-    if (folder / peft_folder.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(args.model):
+        check_adapter(args.model, "inspect")
         return _inspect_adapter(args.model)
     config = config_from(args)
     model_type, shapes = _shapes(args.model, args.task)
     flat = flatten(shapes)
     adapters = jax.eval_shape(lambda params: init(jax.random.key(0), params, config), shapes)
     total = sum(leaf.size for leaf in flat.values())
-    table = make_table("kernel", "shape", "parameters", "share of the model", title=f"{model_type}: {args.model}")
-    trained = 0
     parts = {**adapters.theta, **{path: [leaf] for path, leaf in adapters.saved.items()}}
-    for path, part in parts.items():
-        size = sum(leaf.size for leaf in jax.tree.leaves(part))
-        trained += size
-        table.add_row(
+    sizes = {path: sum(leaf.size for leaf in jax.tree.leaves(part)) for path, part in parts.items()}
+    rows = [
+        (
             path if path in adapters.theta else f"{path} (saved)",
             " x ".join(map(str, flat[path].shape)),
             f"{size:,}",
             f"{size / total:.4%}",
         )
-    table.add_section()
-    table.add_row(f"{len(parts)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
-    print_table(table)
+        for path, size in sizes.items()
+    ]
+    trained = sum(sizes.values())
+    last = (f"{len(rows)} rows", f"{total:,} in the model", f"{trained:,}", f"{trained / total:.4%}")
+    headers = ("kernel", "shape", "parameters", "share of the model")
+    print_table(path_table(headers, rows, last, f"{model_type}: {args.model}"))
 
 
 def _shapes(source: str, task: str | None) -> tuple[str, dict]:
@@ -69,17 +69,12 @@ def _shapes(source: str, task: str | None) -> tuple[str, dict]:
 def _inspect_adapter(folder: str) -> None:
     adapter = peft_folder.read(folder)
     peft_type = peft_folder.type_of(adapter.config).name
-    table = make_table("module", "parameters", "base fingerprint", title=f"{peft_type}: {folder}")
-    total = 0
-    for module, theta in adapter.thetas.items():
-        size = sum(leaf.size for leaf in theta.values())
-        total += size
-        table.add_row(module, f"{size:,}", adapter.fingerprint.get(module, "none"))
-    for name, array in adapter.saved.items():
-        total += array.size
-        table.add_row(f"{name} (saved)", f"{array.size:,}", "")
-    table.add_section()
-    table.add_row(f"{len(adapter.thetas)} modules, {len(adapter.saved)} saved tensors", f"{total:,}", "")
-    print_table(table)
+    sizes = {module: sum(leaf.size for leaf in theta.values()) for module, theta in adapter.thetas.items()}
+    rows = [(module, f"{size:,}", adapter.fingerprint.get(module, "none")) for module, size in sizes.items()]
+    rows += [(f"{name} (saved)", f"{array.size:,}", "") for name, array in adapter.saved.items()]
+    total = sum(sizes.values()) + sum(array.size for array in adapter.saved.values())
+    last = (f"{len(sizes)} modules, {len(adapter.saved)} saved tensors", f"{total:,}", "")
+    headers = ("module", "parameters", "base fingerprint")
+    print_table(path_table(headers, rows, last, f"{peft_type}: {folder}"))
     fields = {name: value for name, value in vars(adapter.config).items() if value is not None}
     print(", ".join(f"{name}={value!r}" for name, value in fields.items()))

@@ -6,7 +6,7 @@ import math
 import jax
 
 from peanut_jax.cli.arguments import add_command, add_config, config_from
-from peanut_jax.cli.tables import make_table, print_table
+from peanut_jax.cli.tables import in_bytes, in_flops, in_seconds, make_table, print_table
 from peanut_jax.models import decoder_config
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
 from peanut_jax.sharding import make_mesh, mesh_sizes
@@ -50,18 +50,18 @@ def _plan(args: argparse.Namespace) -> None:
         ("activations and other temporaries", found.temporary),
         ("total", found.total),
     ):
-        table.add_row(name, f"{value / 1e9:,.3f} GB")
+        table.add_row(name, in_bytes(value))
     table.add_section()
-    table.add_row("FLOPs a step", f"{found.flops / 1e12:,.2f} T")
+    table.add_row("FLOPs a step", in_flops(found.flops))
     for kind, moved in sorted(found.traffic().items()):
-        table.add_row(f"{kind} a step", f"{moved / 1e9:,.3f} GB")
+        table.add_row(f"{kind} a step", in_bytes(moved))
     table.add_section()
     tokens = args.batch * args.seq
     for name in args.chip or CHIPS:
         chip = CHIPS[name]
         seconds = found.seconds(chip)
         fits = "fits" if found.total <= chip.memory else f"does NOT fit {chip.memory / 1e9:,.0f} GB"
-        table.add_row(f"{name} (estimate)", f"{fits}; {seconds:,.2f} s, {tokens / seconds:,.0f} tokens/s")
+        table.add_row(f"{name} (estimate)", f"{fits}; {in_seconds(seconds)}, {tokens / seconds:,.0f} tokens/s")
     print_table(table)
     print(
         f"{found.trainable:,} trainable parameters. Estimates: {COMPUTE_SHARE:.0%} of the chip's peak FLOP/s, then "

@@ -67,9 +67,15 @@ def refuse_filled(path: Path, overwrite: bool, marker: str) -> None:
 
     Raises:
         FileExistsError: the path is a file; the folder is not empty, and `overwrite` is false or it lacks the marker.
+        OSError: it could not be made, or not be written into.
     """
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if there != path and not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, so that no folder can be made in it; give another folder")
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written into: permission denied; give another folder")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
+        raise FileExistsError(f"{path} is a file, not a folder; give another folder")
     filled = path.is_dir() and any(path.iterdir())
     if filled and not overwrite:
         raise FileExistsError(f"{path} exists; give another folder, or overwrite=True (--overwrite) to replace it")

@@ -4,6 +4,7 @@ Pickle files are never read.
 """
 
 import glob
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,13 +52,13 @@ def find(source: str, filename: str, revision: str | None) -> Path | None:
     if Path(source).is_dir():
         path = Path(source, filename)
         return path if path.is_file() else None
+    _refuse_path(source)
     from transformers.utils import cached_file
 
     try:
         found = cached_file(source, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:  # ValueError: no name that the hub could have
-        what = f"{source!r} is no folder here, and the hub gave no {filename}"
-        raise FileNotFoundError(f"{what}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: not a name that the hub could have
+        raise FileNotFoundError(_not_found(source, error)) from error
     return Path(found) if found else None
 
 
@@ -69,15 +70,61 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or len(Path(source).parts) > 2 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source!r} is no folder here")
+    _refuse_path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return _fetched(source, revision, snapshot_download)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"{source!r} is no folder here, and the hub did not give it: {error}") from error
+        raise FileNotFoundError(_not_found(source, error)) from error
+
+
+def _refuse_path(source: str) -> None:
+    """Refuses what can only be meant as a path: there is no folder of that name.
+
+    Raises:
+        FileNotFoundError: a file; a name that no hub repository has, such as "./x", "/x", "x/" or "x/y/z".
+    """
+    if Path(source).exists():
+        raise FileNotFoundError(f"{source!r} is a file; give the folder that holds it")
+    if source.startswith("~"):
+        raise FileNotFoundError(f"{source!r} does not exist; write the whole path, as ~ is the shell's to fill in")
+    if source.startswith((".", os.sep)) or source.endswith(os.sep) or len(Path(source).parts) > 2:
+        raise FileNotFoundError(f"{source!r} does not exist; give the path of a folder that does")
+
+
+def _not_found(source: str, error: Exception) -> str:
+    """What is said of a name that is not a folder and that the hub did not give."""
+    reason = " ".join(str(error).split())
+    if "Repo id" in reason:  # how the hub calls a name that it could not have
+        return f"{source!r} does not exist here, and cannot be a hub name; give a folder that does, or a hub name"
+    reason = reason if len(reason) <= 200 else reason[:199] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{source!r} is not a folder here, and the hub did not give it. Check the path, or the hub name: {reason}"
+
+
+def without_config(source: str) -> str:
+    """What is said of a source that has no config.json, so that it is not a model's."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return (
+            f"{source!r} is not a folder here, and no hub model of that name is in reach; check the path, or the hub "
+            "name and the connection"
+        )
+    if (folder / "adapter_config.json").is_file():
+        return f"{source!r} holds an adapter, and a model is needed here: give the base that the adapter was trained on"
+    names = _names(folder)
+    return (
+        f"{source!r} has no config.json; give a folder that save_pretrained wrote, or a hub name. This one "
+        f"{'holds ' + names if names else 'is empty'}"
+    )
+
+
+def _names(folder: Path) -> str:
+    """The first files of a folder, for an error; an empty string where there are none."""
+    names = sorted(file.name for file in folder.iterdir())
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(name if len(name) <= 40 else f"{name[:39]}\N{HORIZONTAL ELLIPSIS}" for name in names[:4]) + more
 
 
 def _fetched(source: str, revision: str | None, download: Callable[..., str]) -> Path:
@@ -120,10 +167,12 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
         if index := find(source, f"{filename}.index.json", revision):
             return _shards(source, index, revision)
     folder = Path(source)
-    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir())):.200})" if folder.is_dir() else ""
+    there = f" (only {_names(folder)})" if folder.is_dir() else ""
+    what = f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}"
+    if folder.is_dir() and not any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
+        raise FileNotFoundError(f"{what}; fetch the weights too, or give the folder that holds them")
     raise FileNotFoundError(
-        f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
-        "read: convert them once where PyTorch is installed, with "
+        f"{what}. Pickle files (.bin) are never read: convert them once where PyTorch is installed, with "
         "AutoModel.from_pretrained(source).save_pretrained(folder, safe_serialization=True)"
     )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, read_json, weight_files
+from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, weight_files, without_config
 from peanut_jax.files.safetensors import Entry, Header, read_entry, read_header
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.messages import reading
 
 # Written beside merged weights: reading them as a base again would apply an adapter to the wrong kernels.
@@ -55,7 +56,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     folder = local_folder(str(source))
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+        raise FileNotFoundError(without_config(str(folder)))
     files = weight_files(str(folder), None)
     if files[0].suffix != ".safetensors":
         raise ValueError(f"{files[0]} is Flax's own format; a PyTorch checkpoint in safetensors is needed here")

@@ -6,53 +6,61 @@ The update is low-rank and its left factor is a function of the frozen kernel al
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from peanut_jax.adapters import Adapters, check
 from peanut_jax.adapters import factors as factors_of
-from peanut_jax.base.digest import digest, hexadecimal
 from peanut_jax.base.kernels import find, flatten
 from peanut_jax.base.select import saved_paths, select
 from peanut_jax.files.atomic import check_apart, refuse_filled
 from peanut_jax.files.hub import local_folder
 from peanut_jax.files.torch_checkpoint import open_base
-from peanut_jax.interop import fingerprint
+from peanut_jax.files.untrusted import read_json
+from peanut_jax.interop import engines, fingerprint
+from peanut_jax.interop.lora_factors import as_lora, is_plain, kernel_update, listed, lora_config, tensor_update
 from peanut_jax.interop.peft import axes_of, from_tree, module_slots
 from peanut_jax.interop.peft_folder import CONFIG_FILE, ModuleAdapters, read, write
 from peanut_jax.interop.peft_selection import check_modules
 from peanut_jax.interop.peft_types import type_of
 from peanut_jax.interop.places import locate, read_dense
 from peanut_jax.matrices import Plain
-from peanut_jax.methods.base import AdapterConfig, Method, Theta
+from peanut_jax.methods.base import Method, Theta
 from peanut_jax.methods.lora import LoraConfig
 from peanut_jax.methods.peanut import PeanutConfig
 from peanut_jax.methods.peanut_start import odd_slope, start_from
-from peanut_jax.updates import KernelUpdate, LowRank, checked
+from peanut_jax.updates import LowRank, checked
 
 Track = Callable[[list[str]], Iterable[str]]
 
 
 def to_lora(
-    adapters: Adapters, params: PyTree, config: Method, folder: str | Path | None = None, *, overwrite: bool = False
+    adapters: Adapters,
+    params: PyTree,
+    config: Method,
+    folder: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    engine: str | None = None,
 ) -> tuple[Adapters, LoraConfig]:
     """The LoRA that an adapter is on its base: both orientations, any depth and activation, scanned or not.
 
-    Nothing is approximated: the product of the factors is the same. They are computed in the dtype of `params`, as in
-    training, and kept in float32.
+    Nothing is approximated: the factors are those of `compute_updates`, bit for bit, with the scaling folded in (into
+    B; in the input orientation into A), so that lora_alpha = r and a reader has nothing left to multiply by. They are
+    computed in the dtype of `params`, as in training, and kept in float32.
 
     Args:
         adapters: From `init` or training.
         params: The frozen base that it was trained on.
         config: The adapter's.
-        folder: Where to write it, as HF PEFT's LoRA directory (r, lora_alpha = r * scaling).
+        folder: Where to write it, as HF PEFT's LoRA directory.
         overwrite: Replace the adapter that the folder holds.
+        engine: A key of `interop.engines.ENGINES` ("vllm", ...), whose rules are checked. Those that go by the base's
+            architecture, which `params` do not tell, are left to `peanut-jax to-lora --for`.
 
     Returns:
         The LoRA as adapters of the same params (saved modules included), and its config.
@@ -60,20 +68,27 @@ def to_lora(
     Raises:
         FileExistsError: as `save_adapter`.
         ValueError: an adapter that does not belong to config and params; an update that is not low-rank; a NaN in the
-            result, by kernel.
-        NotImplementedError: `folder` is given, and a stack of layers has no name in torch.
+            result, by kernel; an adapter that `engine` would not serve as it is meant.
+        NotImplementedError: `folder` or `engine` is given, and a stack of layers has no name in torch.
     """
+    row = None if engine is None else engines.engine_named(engine)
     targets, flat = check(adapters, params, config), flatten(params)
-    lora_config, unscaled = _lora_config(config), _unscaled(config)
+    lora_like = lora_config(config, getattr(config, "r", 0))
     thetas = {}
     for path, target in targets.items():
-        with jax.default_matmul_precision("highest"):
-            update = _update(adapters.theta[path], Plain(target.matrix(flat[path])), target.bias(flat), unscaled)
-        thetas[path] = _as_lora(update, path)
+        update = kernel_update(adapters.theta[path], target.matrix(flat[path]), target.bias(flat), config)
+        thetas[path] = as_lora(update, path, lora_like.r)
     lora = Adapters(thetas, adapters.saved)
+    if folder is None and row is None:
+        return lora, lora_like
+    found = from_tree(lora, lora_like, params, targets)
+    if row is not None:
+        exported = engines.Exported(tuple(found.thetas), lora_like.r, tuple(found.saved))
+        engines.check(row, exported, "peanut_jax.export_merged, or peanut-jax merge")
     if folder is not None:
-        write(folder, from_tree(lora, lora_config, params, targets), overwrite=overwrite)
-    return lora, lora_config
+        assert isinstance(found.config, LoraConfig)
+        write(folder, dataclasses.replace(found, config=listed(found.config, found.thetas)), overwrite=overwrite)
+    return lora, lora_like
 
 
 def to_lora_folder(
@@ -84,9 +99,13 @@ def to_lora_folder(
     overwrite: bool = False,
     check_base: bool = True,
     track: Track = iter,
+    engine: str | None = None,
 ) -> None:
     """As `to_lora`, from an adapter directory and a PyTorch checkpoint. No model is built: the adapted kernels alone
     are read, one at a time.
+
+    A LoRA that engines would read in different ways (rank_pattern, alpha_pattern, use_rslora, a lora_alpha that is not
+    an integer, a regular expression of target modules) is written as one of one rank that they read alike.
 
     Args:
         adapter: What `save_adapter` or HF PEFT wrote.
@@ -95,33 +114,53 @@ def to_lora_folder(
         overwrite: Replace an adapter that is there.
         check_base: As for `load_adapter`.
         track: Wraps the list of modules, to show progress.
+        engine: As for `to_lora`, the rules of the base's architecture included.
 
     Raises:
         FileExistsError: the folder is not empty, and `overwrite` is false or it holds no adapter.
-        FileNotFoundError, ValueError: an adapter or checkpoint that cannot be read, or that does not fit the other; an
-            adapter that is a LoRA already.
+        FileNotFoundError, ValueError: an adapter or checkpoint that cannot be read, or that does not fit the other; a
+            LoRA that every engine reads alike already; an adapter that `engine` would not serve as it is meant.
     """
+    row = None if engine is None else engines.engine_named(engine)
     loaded = read(adapter)
-    lora_config = _lora_config(loaded.config)
-    if type_of(loaded.config) is type_of(lora_config):
-        raise ValueError(f"{adapter} is a LoRA already")
+    ranks = {module: getattr(loaded.module_config(module), "r", 0) for module in loaded.thetas}
+    lora_like = lora_config(loaded.config, max(ranks.values(), default=0))
     checkpoint = open_base(source, fingerprinted=bool(loaded.fingerprint) or not check_base)
+    if row is not None:
+        exported = engines.Exported(
+            tuple(loaded.thetas), lora_like.r, tuple(loaded.saved), engines.model_type_of(checkpoint.folder)
+        )
+        engines.check(row, exported, f"peanut-jax merge {source} --adapter {adapter} --out DIR")
+    _refuse_plain(adapter, loaded)
     check_apart(Path(folder), checkpoint.folder, local_folder(str(adapter)))
     refuse_filled(Path(folder), overwrite, CONFIG_FILE)
     places = locate(checkpoint, loaded)
     base_checked = check_base and loaded.config.READS_BASE
     if base_checked:
         fingerprint.note_absence(loaded.fingerprint, str(adapter))
-    unscaled = _unscaled(loaded.config)
     thetas = {}
     for module in track(list(loaded.thetas)):
         (tensor, bias), transposed = read_dense(checkpoint, places.tensors[module]), places.kernels[module].transposed
-        update, found = tensor_update(tensor, bias, loaded.thetas[module], unscaled, loaded.update_dtype, transposed)
+        own = loaded.module_config(module)
+        update, found = tensor_update(tensor, bias, loaded.thetas[module], own, loaded.update_dtype, transposed)
         if base_checked and loaded.fingerprint:
             fingerprint.check({module: found}, loaded.fingerprint, str(adapter), str(source))
-        thetas[module] = {name: np.asarray(side) for name, side in _as_lora(update, module).items()}
-    named = dataclasses.replace(lora_config, base_model_name_or_path=lora_config.base_model_name_or_path or str(source))
+        thetas[module] = {name: np.asarray(side) for name, side in as_lora(update, module, lora_like.r).items()}
+    named = dataclasses.replace(
+        listed(lora_like, thetas), base_model_name_or_path=lora_like.base_model_name_or_path or str(source)
+    )
     write(folder, ModuleAdapters(named, thetas, loaded.saved, base_dtype=loaded.base_dtype), overwrite=overwrite)
+
+
+def _refuse_plain(adapter: str | Path, loaded: ModuleAdapters) -> None:
+    """Refuses a LoRA that would be written as it is."""
+    if type_of(loaded.config).method is LoraConfig and not loaded.config.READS_BASE:
+        fields = read_json(local_folder(str(adapter)) / CONFIG_FILE)
+        if fields["peft_type"] == "LORA" and is_plain(fields):
+            raise ValueError(
+                f"{adapter} is a LoRA already, with one rank and an integer lora_alpha, as every engine reads it: "
+                "serve it as it is"
+            )
 
 
 def from_lora(folder: str | Path, params: PyTree) -> dict[str, LowRank]:
@@ -214,70 +253,6 @@ def init_from_factors(
     with jax.default_matmul_precision("highest"):
         got = factors_of(adapters, params, config)
     return adapters, {path: _relative_error(got[path], LowRank(*factors[path])) for path in given}
-
-
-def tensor_update(
-    tensor: Float[np.ndarray, "rows columns"],
-    bias: Float[np.ndarray, " d_out"] | None,
-    theta: Mapping[str, np.ndarray],
-    config: Method,
-    dtype: str,
-    conv1d: bool,
-) -> tuple[KernelUpdate, str]:
-    """The update, and the fingerprint, of a kernel that torch keeps as `tensor`, read in `dtype`.
-
-    Args:
-        conv1d: The tensor is [d_in, d_out], as GPT-2's; a Linear's is [d_out, d_in].
-    """
-    with jax.default_matmul_precision("highest"):
-        update, found = _tensor_update(tensor, bias, theta, config, dtype, conv1d)
-    return update, hexadecimal(jax.device_get(found))
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _tensor_update(
-    tensor: Array, bias: Array | None, theta: Theta, config: Method, dtype: str, conv1d: bool
-) -> tuple[KernelUpdate, Array]:
-    kernel = (tensor if conv1d else tensor.T).astype(dtype)
-    return config.update(theta, Plain(kernel), bias), digest(kernel)
-
-
-@partial(jax.jit, static_argnums=3)
-def _update(theta: Theta, kernel: Plain, bias: Array | None, config: Method) -> KernelUpdate:
-    return config.update(theta, kernel, bias)
-
-
-def _as_lora(update: KernelUpdate, name: str) -> Theta:
-    """left and right as LoRA's A [d_in, r] and B [r, d_out].
-
-    Raises:
-        ValueError: an update that is not low-rank; one that is not finite.
-    """
-    if not isinstance(update, LowRank):
-        raise ValueError(
-            f"the update of {name!r} is a {type(update).__name__}, not low-rank: it is not a LoRA; merge it"
-        )
-    if not all(bool(jnp.isfinite(side).all()) for side in update):
-        raise ValueError(f"NaNs detected in the factors of {name!r}: the adapter or the base is broken there")
-    return {"a": update.left, "b": update.right}
-
-
-def _unscaled(config: Method) -> Method:
-    """The method with its scaling left for lora_alpha to say."""
-    fields: dict[str, Any] = {"scaling": 1.0}
-    return dataclasses.replace(config, **fields)
-
-
-def _lora_config(config: Method) -> LoraConfig:
-    """The LoRA of the same modules, rank and scaling.
-
-    Raises:
-        ValueError: a method without a rank.
-    """
-    if not {"r", "scaling"} <= vars(config).keys():
-        raise ValueError(f"{type(config).__name__} has no rank, so it is not a LoRA; merge it, or keep it as it is")
-    shared = [field.name for field in dataclasses.fields(AdapterConfig)]
-    return LoraConfig(**{name: getattr(config, name) for name in (*shared, "r", "scaling")})
 
 
 def _stacked(rows: Mapping[int, LowRank], stack: tuple[int, ...]) -> LowRank:

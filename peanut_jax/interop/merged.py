@@ -19,7 +19,8 @@ from peanut_jax.files.hub import local_folder
 from peanut_jax.files.safetensors import copy_file, write_entry
 from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, open_base
 from peanut_jax.interop import fingerprint
-from peanut_jax.interop.lora import Track, tensor_update
+from peanut_jax.interop.lora import Track
+from peanut_jax.interop.lora_factors import tensor_update
 from peanut_jax.interop.merged_files import check_others, copy_others, write_config, write_index
 from peanut_jax.interop.merged_saved import saved_tensors
 from peanut_jax.interop.peft import by_module, from_tree

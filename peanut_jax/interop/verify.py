@@ -12,12 +12,16 @@ from jaxtyping import PyTree
 
 from peanut_jax.adapters import merge
 from peanut_jax.files.hub import local_folder
+from peanut_jax.files.safetensors import read_header
 from peanut_jax.interop.peft import load_adapter
-from peanut_jax.interop.peft_folder import CONFIG_FILE, label_count, read
+from peanut_jax.interop.peft_folder import CONFIG_FILE, DTYPE_KEY, label_count, read
 from peanut_jax.models import decoder_config, hf
 from peanut_jax.models.loading import load_decoder
 
 Run = Callable[[PyTree], np.ndarray]
+
+# Safetensors' dtypes that round more than float32 -> ours.
+_CODES = {"F16": "float16", "BF16": "bfloat16"}
 
 # HF PEFT's task -> ours.
 _TASKS = {
@@ -29,17 +33,41 @@ _TASKS = {
 }
 
 
+# Dtype -> the largest relative difference of the logits that its rounding explains, coarsest last. Sums of float32
+# differ in their order alone; bfloat16 keeps 8 bits of a kernel or a factor, and float16 11, three more.
+TOLERANCES = {"float32": 1e-4, "float16": 0.0025, "bfloat16": 0.02}
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference of two models' logits, the largest logit, and their shape."""
+    """How far the logits of two models are apart.
+
+    Attributes:
+        largest: The largest absolute difference; NaN where either has one.
+        scale: The largest logit of the base with the adapter.
+        shape: Of the logits.
+        broken: Which of the two has logits that are not finite: "BASE with the adapter", "OTHER".
+        dtype: The coarsest dtype in which OTHER was computed or is stored.
+    """
 
     largest: float
     scale: float
     shape: tuple[int, ...]
+    broken: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     @property
     def relative(self) -> float:
         return self.largest / self.scale if self.scale else self.largest
+
+    @property
+    def tolerance(self) -> float:
+        """The relative difference that rounding explains."""
+        return TOLERANCES[self.dtype]
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative difference is at most `tolerance`; never where a logit is not finite."""
+        return not self.broken and self.relative <= tolerance
 
 
 def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: int = 0) -> Difference:
@@ -52,7 +80,7 @@ def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: i
         seed: Seeds the input, and a head that neither checkpoint nor adapter holds.
 
     Raises:
-        FileNotFoundError, ValueError: as `models.hf.load` and `load_adapter`.
+        FileNotFoundError, ValueError: as `models.hf.load` and `load_adapter`; logits of different shapes.
     """
     folder = local_folder(str(other))
     is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
@@ -68,8 +96,27 @@ def compare(base: str | Path, other: str | Path, adapter: str | Path, *, seed: i
         run, params = load(str(folder), like=str(folder))
         got = run(params)
     if got.shape != want.shape:
-        raise ValueError(f"{base} gives logits of shape {want.shape} and {other} {got.shape}; these are two models")
-    return Difference(float(np.abs(got - want).max()), float(np.abs(want).max()), want.shape)
+        raise ValueError(
+            f"{base} gives logits of shape {want.shape} and {other} {got.shape}: these are two different models; give "
+            "what was exported from this base"
+        )
+    sides = (("BASE with the adapter", want), ("OTHER", got))
+    return Difference(
+        float(np.abs(got - want).max()),
+        float(np.abs(want).max()),
+        want.shape,
+        tuple(name for name, logits in sides if not np.isfinite(logits).all()),
+        _coarsest(saved.base_dtype, folder),
+    )
+
+
+def _coarsest(base_dtype: str | None, folder: Path) -> str:
+    """The coarsest dtype of the kernels from which an update was computed, and of the weights in `folder`."""
+    found = {base_dtype}
+    for file in folder.glob("*.safetensors"):
+        header = read_header(file)
+        found |= {_CODES.get(entry.dtype) for entry in header.entries.values()} | {header.metadata.get(DTYPE_KEY)}
+    return [dtype for dtype in TOLERANCES if dtype in found or dtype == "float32"][-1]
 
 
 def _adapted(adapter: str | Path, params: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.files.hub import find
+from peanut_jax.files.hub import find, without_config
 from peanut_jax.files.untrusted import read_json
 from peanut_jax.models.config_fields import SIZES, flag, number, shown, size
 from peanut_jax.models.families import FAMILIES
@@ -118,7 +118,7 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
     """
     path = Path(source) if Path(source).is_file() else find(source, "config.json", revision)
     if path is None:
-        raise FileNotFoundError(f"{source!r} has no config.json; give the folder of a Hugging Face checkpoint")
+        raise FileNotFoundError(without_config(source))
     try:
         return from_hf(read_json(path), **overrides)
     except ValueError as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.models.config_fields import flag, number, shown
 
 GENERATION_FILE = "generation_config.json"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from peanut_jax.base.kernels import flatten
 from peanut_jax.base.origin import note
-from peanut_jax.files.hub import find, read_weights, weight_files
+from peanut_jax.files.hub import find, read_weights, weight_files, without_config
 from peanut_jax.files.untrusted import TEXT, read_json, typed
 from peanut_jax.messages import reading, short
 from peanut_jax.models import hf_faults
@@ -173,8 +173,7 @@ def _config(source: str, revision: str | None, overrides: Mapping[str, Any]) -> 
 
     path = find(source, "config.json", revision)
     if path is None:
-        what = "has no config.json" if Path(source).is_dir() else "is no folder here and no hub model in reach"
-        raise FileNotFoundError(f"{source!r} {what}; give a folder that save_pretrained wrote, or a hub name")
+        raise FileNotFoundError(without_config(source))
     raw = read_json(path)
     with reading(path):
         model_type = typed(raw, "model_type", TEXT, "None")

@@ -54,6 +54,84 @@ def test_export(family, tmp_path, name, depth, act_fn, orientation):
         np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-6 * max(1, np.abs(theirs[key]).max()))
 
 
+def peft_updates(model):
+    """dW of every module, as PEFT computes it."""
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    with torch.no_grad():
+        return {name: module.get_delta_weight("default").numpy() for name, module in modules.items()}
+
+
+@pytest.mark.parametrize(("orientation", "scalings"), [("output", (0.01, 0.25, 1.0)), ("input", (0.01,))])
+def test_the_exported_update_is_the_adapters_own(family, tmp_path, orientation, scalings):
+    """Bit for bit, with lora_alpha = r; a power of two as the scaling gives PEFT's dW bit for bit, too."""
+    one, deltas = family("bert"), {}
+    fields = {"r": 8, "depth": 1, "orientation": orientation, "target_modules": ["query"], "init_weights": False}
+    adapters = drawn(one.params, pj.PeanutConfig(**fields))
+    for scaling in scalings:
+        config, folder = pj.PeanutConfig(**fields, scaling=scaling), tmp_path / str(scaling)
+        lora, lora_config = pj.to_lora(adapters, one.params, config, folder)
+        assert (lora_config.scaling, lora_config.r) == (1.0, 8)
+        written, tensors = json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+        assert (written["lora_alpha"], written["r"], type(written["lora_alpha"])) == (8, 8, int)
+        assert written["rank_pattern"] == written["alpha_pattern"] == {}
+        own = jax.jit(lambda adapters, config=config: pj.factors(adapters, one.params, config))(adapters)
+        for path, update in own.items():
+            name = f"base_model.model.{path.removesuffix('/kernel').replace('/', '.')}"
+            for side, leaf in zip(("lora_A", "lora_B"), ("left", "right"), strict=True):
+                np.testing.assert_array_equal(tensors[f"{name}.{side}.weight"].T, getattr(update, leaf))
+            np.testing.assert_array_equal(lora.theta[path]["b"], update.right)
+        if orientation == "output":
+            deltas[scaling] = peft_updates(peft.PeftModel.from_pretrained(torch_copy(one), folder))
+    for name, whole in deltas.get(1.0, {}).items():
+        np.testing.assert_array_equal(deltas[0.25][name], whole * np.float32(0.25))
+        # Elsewhere the factors are rounded before the sum, not the product after it: some ulps of the largest element.
+        want = whole * np.float32(0.01)
+        np.testing.assert_allclose(deltas[0.01][name], want, rtol=0, atol=4e-7 * np.abs(want).max())
+        assert np.abs(want).max() > 1e-4
+
+
+def test_patterns_become_one_rank(family, tmp_path):
+    """A LoRA that engines read in different ways, as the one that they read alike, with PEFT's dW and logits."""
+    one = family("bert")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=r".*(query|value)", init_lora_weights=False,
+        rank_pattern={"layer.0.attention.self.query": 7}, alpha_pattern={"value": 3},
+    )  # fmt: skip
+    model = peft.get_peft_model(torch_copy(one), config)
+    model.save_pretrained(tmp_path / "patterns")
+    to_lora_folder(tmp_path / "patterns", one.folder, tmp_path / "lora")
+    written = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (7, 7, False)
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert len(written["target_modules"]) == 4
+    ranks = {tensor.shape[0] for name, tensor in load_file(tmp_path / "lora" / WEIGHTS_FILE).items() if "_A." in name}
+    assert ranks == {7}
+    loaded = peft.PeftModel.from_pretrained(torch_copy(one), tmp_path / "lora")
+    assert_logits_close(one.torch_logits(loaded), one.torch_logits(model), atol=1e-6)
+    got, want = peft_updates(loaded), peft_updates(model)
+    assert got.keys() == want.keys()
+    for name in got:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=4e-7 * np.abs(want[name]).max())
+
+
+def test_engines_are_asked_first(family, tmp_path):
+    """Before anything is read or written, with the command that helps."""
+    one = family("bert")
+    config = pj.PeanutConfig(r=2, target_modules=["query"])
+    adapters = drawn(one.params, config)
+    pj.save_adapter(tmp_path / "adapter", adapters, config, one.params)
+    message = r"vLLM serves no LoRA on a model of type 'bert'; merge it instead: peanut-jax merge .*--adapter"
+    with pytest.raises(ValueError, match=message):
+        to_lora_folder(tmp_path / "adapter", one.folder, tmp_path / "lora", engine="vllm")
+    with pytest.raises(ValueError, match=r"SGLang serves no LoRA on the module 'bert\.encoder.*export_merged"):
+        pj.to_lora(adapters, one.params, config, tmp_path / "lora", engine="sglang")
+    with pytest.raises(ValueError, match=r"engine must be one of peft, vllm, sglang, llama\.cpp, got 'tgi'"):
+        pj.to_lora(adapters, one.params, config, engine="tgi")
+    assert not (tmp_path / "lora").exists()
+    pj.to_lora(adapters, one.params, config, tmp_path / "lora", engine="peft")
+
+
 def test_export_of_scanned_layers(family, tmp_path):
     one = family("llama")
     params = scanned(one.params, "model", "layers")

@@ -410,7 +410,7 @@ def test_missing_files_and_pickles(family, saved):
     (saved / CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         pj.load_adapter(saved, params)
-    with pytest.raises(FileNotFoundError, match=r"is no folder here"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist"):
         pj.load_adapter(saved / "nowhere", params)
 
 

@@ -404,7 +404,7 @@ def test_composites_are_refused():
 
 
 def test_wrong_files(bert, copy, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'/no/such/folder' is no folder here"):
+    with pytest.raises(FileNotFoundError, match="'/no/such/folder' does not exist"):
         hf.load("/no/such/folder")
     folder = copy()
     weights = folder / "model.safetensors"
