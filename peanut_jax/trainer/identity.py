@@ -122,13 +122,8 @@ def _base_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iter
     yield from differences(there["base"], here["base"], "base")
     if "parameters" not in there:
         return
-    kernels = _different(there["base"], here["base"])  # which are named already
-    names = [
-        name
-        for name in _different(there["parameters"], here["parameters"])
-        if name.removesuffix(".kernel") not in kernels
-    ]
-    if names:
+    named = {f"{module}.kernel".removeprefix(".") for module in _different(there["base"], here["base"])}
+    if names := [name for name in _different(there["parameters"], here["parameters"]) if name not in named]:
         yield f"base: {len(names)} of {len(here['parameters'])} parameters differ, the first {names[0]!r}"
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,8 +93,15 @@ def train(
         if programs is not None:
             programs.check(run)
         task = task or run.task.build(mesh, run.rules, run.loop.seed)
-        checkpoints = stack.enter_context(_checkpoints(run, task, folder, origin))
-        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet)
+        here = identify(run, task)
+        checkpoints = stack.enter_context(_checkpoints(run, task, folder, here))
+
+        def note(step: int) -> None:
+            update_run(folder, run.as_json(), **{IDENTITY: here}, **_source(origin))
+            if resume:
+                note_resume(folder, step)
+
+        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet, note)
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
@@ -110,17 +117,11 @@ def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool, ori
         check_config(there, run, folder)
 
 
-def _checkpoints(run: Run, task: Task, folder: Path, origin: Origin | None) -> Checkpoints:
-    """The run's checkpoints, which hold its config and what identifies its base and its data."""
-    here = identify(run, task)
+def _checkpoints(run: Run, task: Task, folder: Path, here: Mapping[str, Any]) -> Checkpoints:
+    """The run's checkpoints, which must be of the same config, base and data as the run `here`."""
     if (there := kept_identity(folder)) is not None:
         check_identity(there, here, run, task, folder)
-
-    def keep() -> None:
-        keep_identity(folder, here)
-        update_run(folder, run.as_json(), **{IDENTITY: here}, **_source(origin))
-
-    on_first(keep)
+    on_first(lambda: keep_identity(folder, here))
     return Checkpoints(
         folder / CHECKPOINTS, here, keep_last=run.loop.keep_last,
         best=run.loop.best if task.evaluation else None, best_mode=run.loop.best_mode,
@@ -140,15 +141,20 @@ def _fit(
     resume: bool,
     programs: Programs | None,
     quiet: bool,
+    note: Callable[[int], None],
 ) -> tuple[Outcome, TrainState]:
-    """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished."""
+    """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished.
+
+    Args:
+        note: Writes down, on the first process, that the run goes on after a step.
+    """
     total = run.loop.total(len(task.train))
     state, record = first_state(run, task), dict(FRESH)
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
-        on_first(lambda: note_resume(folder, int(state.step)))
     start = int(state.step)
     record["done"] = is_over(record, run.loop, start, total)
+    on_first(lambda: note(start))
     if record["done"]:
         return Outcome(start, total, early=start < total), state
     programs = programs or compile_programs(run, task, state)

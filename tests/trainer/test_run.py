@@ -185,7 +185,13 @@ def test_a_run_that_saved_nothing_may_start_with_another_config(run, tmp_path, p
 
 
 def test_fields_that_may_change(run, whole):
-    loop_changes = {"loop__save_every": 1, "loop__log_every": 7, "loop__keep_last": 5, "loop__nonfinite": "skip"}
+    loop_changes = {
+        "loop__save_every": 1,
+        "loop__log_every": 7,
+        "loop__eval_every": 2,
+        "loop__keep_last": 5,
+        "loop__nonfinite": "skip",
+    }
     assert train(changed(run, **loop_changes), whole, resume=True) == Outcome(8, 8)
 
 
@@ -194,7 +200,7 @@ def test_a_resume_with_other_data(run, whole, tiny):
     kept = data.read_text()
     try:
         data.write_text("\n".join(kept.splitlines()[::-1]) + "\n")
-        with pytest.raises(ValueError, match=r"data\.train\.checksum"):
+        with pytest.raises(ValueError, match=r"data\.train\.digest"):
             train(run, whole, resume=True)
     finally:
         data.write_text(kept)
