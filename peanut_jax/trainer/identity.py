@@ -8,7 +8,8 @@ from typing import Any
 
 import peanut_jax as pj
 from peanut_jax.base.kernels import flatten
-from peanut_jax.base.select import saved_paths
+from peanut_jax.base.select import saved_paths, select
+from peanut_jax.base.torch_names import slots
 from peanut_jax.base.whole import digests
 from peanut_jax.files.atomic import write_text
 from peanut_jax.files.hub import read_json
@@ -21,6 +22,8 @@ from peanut_jax.trainer.tasks.base import Task
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+# Digests of every leaf of the base; earlier versions kept the fingerprint of the adapted kernels alone.
+PARAMETERS, EARLIER_BASE = "parameters", "base"
 _DATA = ("train", "evaluation")
 # Characters of an error that name what differs.
 _TOLD = 300
@@ -29,14 +32,16 @@ _TOLD = 300
 def identify(run: Run, task: Task) -> dict[str, Any]:
     """The config of a run, and digests of its base and of its data.
 
-    Of the base, `base` holds the adapted kernels, as an adapter keeps them, and `parameters` every leaf but those of
-    saved modules, which are trained and so in the checkpoint.
+    Of the base every leaf counts but those of saved modules, which are trained and so in the checkpoint.
+
+    Raises:
+        ValueError, NotImplementedError: an adapter that does not fit the base, or could not be saved in the end.
     """
+    slots(select(task.params, run.adapter).values())
     trained = saved_paths(flatten(task.params), run.adapter)
     return {
         "config": run.identity(),
-        "base": pj.fingerprint(task.params, run.adapter),
-        "parameters": digests(task.params, trained),
+        PARAMETERS: digests(task.params, trained),
         "data": {name: identity(rows) for name in _DATA if (rows := getattr(task, name)) is not None},
     }
 
@@ -99,9 +104,12 @@ def check_identity(there: Mapping[str, Any], here: Mapping[str, Any], run: Run, 
     data = dict(here["data"])
     earlier = [name for name in data if _is_earlier(there["data"].get(name))]
     data |= {name: earlier_identity(getattr(task, name)) for name in earlier}
-    found = [*_config_differences(there, run), *_base_differences(there, here)]
-    _refuse(folder, [*found, *differences(there["data"], data, "data")])
-    if earlier or "parameters" not in there:
+    if PARAMETERS in there:
+        base = _base_differences(there[PARAMETERS], here[PARAMETERS])
+    else:
+        base = differences(there[EARLIER_BASE], pj.fingerprint(task.params, run.adapter), EARLIER_BASE)
+    _refuse(folder, [*_config_differences(there, run), *base, *differences(there["data"], data, "data")])
+    if earlier or PARAMETERS not in there:
         logger.warning(
             "%s was begun by an earlier version, which kept less: of the base only the adapted kernels, and of the "
             "data only three rows could be compared with those of the start", folder,
@@ -118,18 +126,10 @@ def _config_differences(there: Mapping[str, Any], run: Run) -> Iterator[str]:
     yield from differences(config, own, "config")
 
 
-def _base_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    yield from differences(there["base"], here["base"], "base")
-    if "parameters" not in there:
-        return
-    named = {f"{module}.kernel".removeprefix(".") for module in _different(there["base"], here["base"])}
-    if names := [name for name in _different(there["parameters"], here["parameters"]) if name not in named]:
-        yield f"base: {len(names)} of {len(here['parameters'])} parameters differ, the first {names[0]!r}"
-
-
-def _different(there: Any, here: Mapping[str, str]) -> list[str]:
-    there = there if isinstance(there, dict) else {}
-    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
+def _base_differences(there: Mapping[str, Any], here: Mapping[str, str]) -> Iterator[str]:
+    every = {**there, **here}
+    if names := [name for name in every if there.get(name) != here.get(name)]:
+        yield f"base: {len(names)} of {len(every)} parameters differ, the first {names[0]!r}"
 
 
 def _refuse(folder: Path, found: Sequence[str]) -> None:
@@ -146,9 +146,10 @@ def _refuse(folder: Path, found: Sequence[str]) -> None:
 
 
 def _typed(content: Any, path: Path) -> dict[str, Any]:
-    sections = [content.get(name) for name in ("config", "base", "data")] if isinstance(content, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections):
-        raise ValueError(f"{path} must hold the objects config, base and data")
+    sections = content if isinstance(content, dict) else {}
+    base = sections.get(PARAMETERS, sections.get(EARLIER_BASE))
+    if not all(isinstance(section, dict) for section in (sections.get("config"), sections.get("data"), base)):
+        raise ValueError(f"{path} must hold the objects config, {PARAMETERS} and data")
     return content
 
 

@@ -206,16 +206,16 @@ def test_a_resume_with_other_data(run, whole, tiny):
         data.write_text(kept)
 
 
-def test_a_resume_with_another_base(run, whole, tiny, tmp_path):
-    """The same path, with other weights in it."""
+@pytest.mark.parametrize("module", ["layers.1.self_attn.q_proj", "layers.0.self_attn.o_proj", "embed_tokens", "norm"])
+def test_a_resume_with_another_base(run, whole, tiny, module):
+    """The same path, with other weights in it, of adapted kernels and of what is not adapted."""
     model = tiny / "model" / "model.safetensors"
     kept = model.read_bytes()
     try:
         tensors = load_file(model)
-        name = "model.layers.1.self_attn.q_proj.weight"
-        tensors[name][3, 5] += 1
+        tensors[f"model.{module}.weight"].reshape(-1)[5] += 1e-3
         save_file(tensors, model, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"base: 1 of 6 kernels differ, the first 'model\.layers\.1\.self_attn"):
+        with pytest.raises(ValueError, match=rf"base: 1 of \d+ parameters differ, the first 'model\.{module}\."):
             train(run, whole, resume=True)
     finally:
         model.write_bytes(kept)
