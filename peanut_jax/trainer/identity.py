@@ -26,7 +26,7 @@ CHECKPOINTS = "checkpoints"
 PARAMETERS, EARLIER_BASE = "parameters", "base"
 _DATA = ("train", "evaluation")
 # Characters of an error that name what differs.
-_TOLD = 300
+_TOLD = 240
 
 
 def identify(run: Run, task: Task) -> dict[str, Any]:
@@ -136,10 +136,12 @@ def _refuse(folder: Path, found: Sequence[str]) -> None:
     """Raises a ValueError that names what was found to differ, unless that is nothing."""
     if not found:
         return
-    told = "; ".join(found)
+    told = "; ".join(sorted(found, key=len))  # to name as many as there is room for
     if len(told) > _TOLD:
         told = f"{told[:_TOLD]}... ({len(found)} differences)"
     advice = "undo the change, or start in another folder"
+    if all(one.startswith("data.") for one in found):
+        advice = "rows were changed since the start: restore them, or start in another folder"
     if any(one.startswith(("config.loop.steps", "config.loop.epochs")) for one in found):
         advice += "; steps and epochs may change with optimizer.schedule='constant' alone"
     raise ValueError(f"{folder} holds another run (there, here): {told}: {advice}")
