@@ -72,6 +72,7 @@ def test_a_table_is_its_values():
     assert digest_table(joined, ["t", "n"]) == digest_table(whole, ["t", "n"])
     for other in (
         {"t": ["a", "bc", ""] * 2, "n": [[1], [2, 3], []] * 2},
+        {"t": ["ab", "d", ""] * 2, "n": [[1], [2, 3], []] * 2},
         {"t": ["ab", "c", ""] * 2, "n": [[1, 2], [3], []] * 2},
         {"t": ["ab", "c", ""] * 2, "n": [[1], [2, 4], []] * 2},
     ):
