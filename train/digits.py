@@ -20,7 +20,7 @@ from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, shard
 from peanut_jax.trainer.checks import check_choice
-from peanut_jax.trainer.rows import Row
+from peanut_jax.trainer.rows import Row, digest_arrays
 from peanut_jax.trainer.tasks.base import Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 
@@ -51,6 +51,10 @@ class PictureRows:
     def __getitem__(self, i: int) -> Row:
         images, labels = self.pictures
         return {"images": images[i], "labels": labels[i], "weights": np.ones((), np.float32)}
+
+    def digest(self) -> str:
+        """Every picture and label; see `peanut_jax.trainer.rows.Digested`."""
+        return digest_arrays(self.pictures._asdict())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

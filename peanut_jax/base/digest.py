@@ -1,5 +1,7 @@
 """A digest of a kernel: a sum of integers, the same whatever order, sharding or machine adds it up."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,13 @@ def hexadecimal(sums: UInt32[Array, "2"] | UInt32[np.ndarray, "2"]) -> str:
     return "".join(f"{int(part):08x}" for part in sums)
 
 
-def position_weights(size: int, seed: int) -> UInt32[Array, " size"]:
-    """Odd pseudo-random weights: the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
-    h = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed & 0xFFFFFFFF)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)) | jnp.uint32(1)
+def position_weights(size: int, seed: int, xp: Any = jnp) -> Any:
+    """Odd pseudo-random weights, as a uint32 array of `xp`, which is jax.numpy or numpy."""
+    return mixed(xp.arange(size, dtype=xp.uint32) + xp.uint32(seed & 0xFFFFFFFF)) | xp.uint32(1)
+
+
+def mixed(h: Any) -> Any:
+    """The finaliser of MurmurHash3 (Austin Appleby, public domain): another uint32 for each, made of all its bits."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   %(prog)s configs/sst2.py --out runs/sst2
-  %(prog)s configs/sst2.py --out runs/sst2 --resume
+  %(prog)s configs/sst2.py --out runs/sst2 --set loop.steps=100
+  %(prog)s --resume --out runs/sst2
 """
 
 
@@ -39,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("config", type=Path, help="Python file that builds `config`, a peanut_jax.trainer.Run")
+    parser.add_argument(
+        "config", type=Path, nargs="?",
+        help="Python file that builds `config`, a peanut_jax.trainer.Run; with --resume by default the run's own",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR, with the --set of its start")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a change, such as loop.steps=100; repeatable"
     )
@@ -65,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         # Imported here: a package that is not installed is an error of the command, not of its --help.
-        from peanut_jax.trainer import read, train
+        from peanut_jax.trainer import train
+        from peanut_jax.trainer.reading import read_for
 
         distributed.start(args.coordinator, args.processes, args.process_id, args.timeout)
-        outcome = train(read(args.config, args.set), args.out, resume=args.resume)
+        config, origin = read_for(args.out, args.config, args.set, resume=args.resume)
+        outcome = train(config, args.out, resume=args.resume, origin=origin)
     except (ImportError, ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         return _failed(error)
     if distributed.is_first():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import optax
@@ -16,7 +17,9 @@ from peanut_jax.training import partition
 SCHEDULES = ("cosine", "linear", "constant")
 NONFINITE = ("stop", "skip")
 # Fields of the loop that may change when a run is resumed.
-_FREE_OF_LOOP = ("log_every", "save_every", "keep_last", "nonfinite", "max_skipped")
+_FREE_OF_LOOP = ("log_every", "eval_every", "save_every", "keep_last", "nonfinite", "max_skipped")
+# Two ways to say one thing: of each pair one is given, and the other is None.
+EXCLUSIVE = {"loop.steps": "loop.epochs", "loop.epochs": "loop.steps"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,20 @@ class Run:
         return json.loads(json.dumps({**content, **{n: {"kind": kind, **content[n]} for n, kind in kinds.items()}}))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that a resume must share: all but those that say how, and not what, is computed."""
-        content = {name: value for name, value in self.as_json().items() if name not in ("mesh", "rules")}
-        return {**content, "loop": {name: v for name, v in content["loop"].items() if name not in _FREE_OF_LOOP}}
+        """The fields that a resume must share; see `binding`."""
+        return binding(self.as_json())
+
+
+def binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, as `Run.as_json` gives it, that a resume must share.
+
+    All but those that say how, and not what, is computed, and the number of steps where the learning rate of a step
+    does not depend on it.
+    """
+    content = {name: value for name, value in config.items() if name not in ("mesh", "rules")}
+    loop, optimizer = config.get("loop"), config.get("optimizer")
+    if isinstance(loop, Mapping):
+        constant = isinstance(optimizer, Mapping) and optimizer.get("schedule") == "constant"
+        free = (*_FREE_OF_LOOP, "steps", "epochs") if constant else _FREE_OF_LOOP
+        content["loop"] = {name: value for name, value in loop.items() if name not in free}
+    return content

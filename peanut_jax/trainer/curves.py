@@ -91,7 +91,7 @@ def _draw_losses(axes: Axes, curves: _Curves) -> None:
 def _draw_evals(axes: Axes, curves: _Curves) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         colour, marker = _EVAL_STYLES[i % len(_EVAL_STYLES)]
-        label = name.removeprefix("eval/")
+        label = name.removeprefix("eval/").replace("$", r"\$")  # no formula
         axes.plot(*curve, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label)
     values = np.concatenate([curve.values for curve in curves.values()])
     values = values[np.isfinite(values)]

@@ -40,5 +40,20 @@ def judged(record: Mapping[str, Any], found: Mapping[str, float], loop: Loop) ->
     return {
         "best": best,
         "since_best": since_best,
-        "done": loop.patience is not None and since_best >= loop.patience,
+        "done": _impatient(since_best, loop),
     }
+
+
+def is_over(record: Mapping[str, Any], loop: Loop, step: int, total: int) -> bool:
+    """Whether a run that goes on after `step` has nothing to do: more steps than at its start may be asked for.
+
+    Raises:
+        ValueError: a run of fewer steps than were taken.
+    """
+    if step > total:
+        raise ValueError(f"step {step} is taken already, and the run is to have {total}: give it at least {step} steps")
+    return step == total or _impatient(record["since_best"], loop)
+
+
+def _impatient(since_best: int, loop: Loop) -> bool:
+    return loop.patience is not None and since_best >= loop.patience

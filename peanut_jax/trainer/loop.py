@@ -2,27 +2,38 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peanut_jax as pj
-from peanut_jax.run_checkpoints import Checkpoints, differences, read_about
+from peanut_jax.run_checkpoints import Checkpoints
 from peanut_jax.sharding import batch_sharding, check_batch, make_mesh, mesh_of
 from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.curves import plot_curves
 from peanut_jax.trainer.data import batches
 from peanut_jax.trainer.distributed import on_first
-from peanut_jax.trainer.judging import FRESH, due, judged
+from peanut_jax.trainer.identity import (
+    CHECKPOINTS,
+    check_config,
+    check_identity,
+    identify,
+    keep_identity,
+    kept_identity,
+)
+from peanut_jax.trainer.judging import FRESH, due, is_over, judged
 from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
-from peanut_jax.trainer.rows import identity
-from peanut_jax.trainer.run_folder import describe, note_resume, open_run, write_run
+from peanut_jax.trainer.reading import Origin
+from peanut_jax.trainer.run_folder import IDENTITY, SOURCE, describe, note_resume, open_run, update_run, write_run
 from peanut_jax.trainer.signals import signalled
 from peanut_jax.trainer.tasks.base import Task
 from peanut_jax.trainer.watch import Watch, watching
 from peanut_jax.training import TrainState
 
-CHECKPOINTS, ADAPTER, BEST = "checkpoints", "adapter", "best"
+logger = logging.getLogger(__name__)
+
+ADAPTER, BEST = "adapter", "best"
 
 
 class Outcome(NamedTuple):
@@ -54,6 +65,7 @@ def train(
     task: Task | None = None,
     programs: Programs | None = None,
     quiet: bool = False,
+    origin: Origin | None = None,
 ) -> Outcome:
     """Trains into `folder`, or goes on with the run that is there.
 
@@ -64,47 +76,60 @@ def train(
         task: What `run.task.build` gave; None builds it.
         programs: From `compile_programs`, for this run or one with another seed; None compiles them.
         quiet: Show no progress.
+        origin: Where `run` came from, from `read_run_config`; kept in run.json, for `--resume` to read it again.
 
     Returns:
         Where it ended: after the last step, or early by `patience` or a signal, with everything saved.
 
     Raises:
-        ValueError, FileNotFoundError: a config, model, data or folder that does not fit; a resume with another config
-            or base; a loss or gradient that is not finite; data that ends early.
+        ValueError, FileNotFoundError: a config, model, data or folder that does not fit; a resume with another config,
+            base or data, by name; a loss or gradient that is not finite; data that ends early.
         OSError: a checkpoint that could not be written.
     """
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(run.mesh)
         check_batch(run.loop.batch_size, mesh, run.loop.accumulate_steps)
-        on_first(lambda: _open(run, folder, stack, resume))
+        on_first(lambda: _open(run, folder, stack, resume, origin))
         if programs is not None:
             programs.check(run)
         task = task or run.task.build(mesh, run.rules, run.loop.seed)
-        checkpoints = stack.enter_context(_checkpoints(run, task, folder))
-        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet)
+        here = identify(run, task)
+        checkpoints = stack.enter_context(_checkpoints(run, task, folder, here))
+
+        def note(step: int) -> None:
+            update_run(folder, run.as_json(), **{IDENTITY: here}, **_source(origin))
+            if resume:
+                note_resume(folder, step)
+
+        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet, note)
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
 
 
-def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> None:
+def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool, origin: Origin | None) -> None:
     """Takes the run's folder, on the first process; what was trained there must be of the same config."""
     stack.enter_context(open_run(folder, resume=resume))
-    about = read_about(folder / CHECKPOINTS)
-    if about is None:
-        write_run(folder, describe(run.as_json()))
-    elif different := list(differences(about["config"], run.identity(), "config")):
-        raise ValueError(f"{folder} holds another run (there, here): {'; '.join(different)}")
+    there = kept_identity(folder, tell=True)
+    if there is None:
+        write_run(folder, {**describe(run.as_json()), **_source(origin)})
+    else:
+        check_config(there, run, folder)
 
 
-def _checkpoints(run: Run, task: Task, folder: Path) -> Checkpoints:
-    """The run's checkpoints, which hold its config and what identifies its base and its data."""
-    data = {name: identity(rows) for name in ("train", "evaluation") if (rows := getattr(task, name)) is not None}
-    about = {"config": run.identity(), "base": pj.fingerprint(task.params, run.adapter), "data": data}
+def _checkpoints(run: Run, task: Task, folder: Path, here: Mapping[str, Any]) -> Checkpoints:
+    """The run's checkpoints, which must be of the same config, base and data as the run `here`."""
+    if (there := kept_identity(folder)) is not None:
+        check_identity(there, here, run, task, folder)
+    on_first(lambda: keep_identity(folder, here))
     return Checkpoints(
-        folder / CHECKPOINTS, about, keep_last=run.loop.keep_last,
+        folder / CHECKPOINTS, here, keep_last=run.loop.keep_last,
         best=run.loop.best if task.evaluation else None, best_mode=run.loop.best_mode,
     )  # fmt: skip
+
+
+def _source(origin: Origin | None) -> dict[str, Any]:
+    return {} if origin is None else {SOURCE: origin._asdict()}
 
 
 def _fit(
@@ -116,14 +141,20 @@ def _fit(
     resume: bool,
     programs: Programs | None,
     quiet: bool,
+    note: Callable[[int], None],
 ) -> tuple[Outcome, TrainState]:
-    """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished."""
+    """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished.
+
+    Args:
+        note: Writes down, on the first process, that the run goes on after a step.
+    """
     total = run.loop.total(len(task.train))
     state, record = first_state(run, task), dict(FRESH)
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
-        on_first(lambda: note_resume(folder, int(state.step)))
     start = int(state.step)
+    record["done"] = is_over(record, run.loop, start, total)
+    on_first(lambda: note(start))
     if record["done"]:
         return Outcome(start, total, early=start < total), state
     programs = programs or compile_programs(run, task, state)
@@ -181,4 +212,12 @@ def _finish(run: Run, task: Task, folder: Path, checkpoints: Checkpoints, state:
     pj.save_adapter(folder / ADAPTER, state.adapters, config, task.params, overwrite=True)
     if task.evaluation is not None and (found := checkpoints.restore_best(state)):
         pj.save_adapter(folder / BEST, found[0].adapters, config, task.params, overwrite=True)
-    on_first(lambda: plot_curves(folder))
+    on_first(lambda: _draw(folder))
+
+
+def _draw(folder: Path) -> None:
+    """The picture; metrics that were lost are no reason for a run to fail at its end."""
+    try:
+        plot_curves(folder)
+    except (ValueError, FileNotFoundError) as error:
+        logger.warning("no curves were drawn: %s", error)

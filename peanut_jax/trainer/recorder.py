@@ -19,10 +19,7 @@ class Recorder:
     Args:
         folder: The run's.
         resume_step: The last step whose effect is in the state that training starts from. What an earlier process
-            wrote of later steps is dropped, for those steps are taken again.
-
-    Raises:
-        ValueError: if an earlier `metrics.jsonl` is damaged before its last line.
+            wrote of later steps is dropped, for those steps are taken again, and so are lines that are damaged.
 
     Examples:
         >>> from pathlib import Path

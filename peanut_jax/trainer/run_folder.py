@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import socket
@@ -17,8 +18,14 @@ from filelock import FileLock, Timeout
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import write_text
+from peanut_jax.files.hub import read_json
 
-RUN, LOCK, HOLDER = "run.json", ".lock", ".holder"
+logger = logging.getLogger(__name__)
+
+RUN, COPY, LOCK, HOLDER = "run.json", ".run.json.copy", ".lock", ".holder"
+# Fields of run.json: where the config came from (`reading.Origin`), what the checkpoints are of, and the resumes.
+SOURCE, IDENTITY, RESUMED = "source", "identity", "resumed"
+_KINDS = {"config": dict, SOURCE: dict, IDENTITY: dict, RESUMED: list}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -59,9 +66,19 @@ def _refuse_foreign(folder: Path, resume: bool) -> None:
     if (folder / RUN).exists():
         return
     if resume:
-        raise ValueError(f"{folder} holds no run to resume; leave --resume out to start one")
+        check_holds_run(folder)
     if folder.is_dir() and not all(_is_ours(path.name) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {RUN} of a run; choose a folder that is new or empty")
+
+
+def check_holds_run(folder: Path) -> None:
+    """Refuses to resume in a folder without a run.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not (folder / RUN).exists():
+        raise ValueError(f"{folder} holds no run to resume; leave --resume out to start one")
 
 
 def _is_ours(name: str) -> bool:
@@ -102,27 +119,73 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_run(folder: Path, description: Mapping[str, Any]) -> None:
-    """Writes `run.json` whole or not at all: by it the folder counts as a run's."""
-    write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The description in `run.json`.
+    """Writes `run.json` whole or not at all: by it the folder counts as a run's. A hidden copy is for when it is lost.
 
     Raises:
-        ValueError: if it is missing or damaged.
+        TypeError: a description that is not JSON; then nothing is written.
+    """
+    text = json.dumps(description, indent=2) + "\n"
+    write_text(folder / RUN, text)
+    write_text(folder / COPY, text)
+
+
+def read_run(folder: Path, *, tell: bool = False) -> dict[str, Any]:
+    """The description in `run.json`, or where that is damaged in its copy.
+
+    Args:
+        tell: Log a warning where it is damaged.
+
+    Raises:
+        ValueError: if both are missing or damaged.
     """
     try:
-        return json.loads((folder / RUN).read_text())
+        return _read(folder / RUN)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / RUN} cannot be read: {error}") from error
+        try:
+            content = _read(folder / COPY)
+        except (OSError, ValueError):
+            raise ValueError(f"{folder / RUN} cannot be read, nor is there a whole copy: {brief(error)}") from error
+        if tell:
+            logger.warning("%s is damaged, its copy is used: %s", folder / RUN, brief(error))
+        return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise ValueError(f"{path}: {name} must be a JSON {'object' if kind is dict else 'array'}")
+    if "config" not in content:
+        raise ValueError(f"{path} holds no config")
+    return content
+
+
+def brief(error: BaseException, limit: int = 120) -> str:
+    """An error in one line of so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def update_run(folder: Path, run: Mapping[str, Any], **fields: Any) -> None:
+    """Brings `run.json` up to date with the run that goes on, and keeps what it says of the start and of resumes.
+
+    Args:
+        run: The resolved configuration, as for `describe`.
+        fields: What to replace besides it.
+    """
+    try:
+        description = read_run(folder, tell=True)
+    except ValueError as error:
+        logger.warning("%s; it is written anew, as if the run began now", error)
+        description = describe(run)
+    write_run(folder, description | {"config": dict(run), **fields})
 
 
 def note_resume(folder: Path, step: int) -> None:
     """Adds to the list `resumed` in `run.json` when, with what, and after which step the run goes on."""
     description = read_run(folder)
     resumed = {"time": _now(), "step": step, "git": _git(), "versions": _versions()}
-    write_run(folder, description | {"resumed": [*description.get("resumed", []), resumed]})
+    write_run(folder, description | {RESUMED: [*description.get(RESUMED, []), resumed]})
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,8 @@ def no_cluster(monkeypatch):
         (["--set", "mesh=data=16"], "16 places and there are 8 devices"),
         (["--set", "loop.stepz=3"], "--set takes a field of the config"),
         (["--set", "loop.steps=0"], "loop.steps must be an integer of at least 1, got 0"),
-        (["--set", "loop.epochs=2"], "give one of loop.steps and loop.epochs"),
+        (["--set", "loop.epochs=2", "--set", "loop.steps=8"], "give one of loop.steps and loop.epochs, got 8 and 2"),
+        (["--set", "loop.steps=null"], "give one of loop.steps and loop.epochs, got None and None"),
         (["--set", "loop.best=accuracy"], "loop.best must be one of loss, got 'accuracy'"),
         (["--set", "optimizer.schedule=step"], "optimizer.schedule must be one of cosine, linear, constant"),
         (["--set", "task.train=absent.jsonl"], "there is no data file absent.jsonl"),
@@ -53,6 +54,13 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, arguments, message):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("train: ")
     assert message in last
+
+
+def test_a_config_file_must_be_named(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "run")]) == 1
+    assert "name a config file, or with --resume the folder of a run" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["--out", str(tmp_path / "run"), "--resume"]) == 1
+    assert "run holds no run to resume" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_peanut_jax_train_is_the_same_command(tiny, tmp_path, capsys):

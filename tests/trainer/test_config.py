@@ -1,6 +1,7 @@
 """Configs: read from files, checked, and turned into schedules and optimizers."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import peanut_jax as pj
 from peanut_jax.adapters import Adapters
 from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read
 from peanut_jax.trainer.judging import FRESH, due, judged
+from peanut_jax.trainer.reading import _merged
 
 
 def test_configs_that_are_none(tmp_path):
@@ -81,3 +83,46 @@ def test_a_rate_of_its_own_for_saved_modules():
 def test_a_task_that_is_none_is_refused():
     with pytest.raises(ValueError, match="task must be a dataclass with METRICS, model, evaluation, check and build"):
         Run(task={"model": "m"}, adapter=pj.LoraConfig(task_type="SEQ_CLS"), loop=Loop(steps=1))
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["loop.steps=100"],
+        ["loop.steps=100", "loop.epochs=null"],
+        ["loop.epochs=null", "loop.steps=100"],
+        ["loop.batch_size=64", "loop.steps=100", "loop.steps=100"],
+    ],
+)
+def test_steps_replace_epochs_and_say_so(path, changes, caplog):
+    loop = read(path, changes).loop
+    assert (loop.steps, loop.epochs) == (100, None)
+    told = f"--set loop.steps replaces loop.epochs=3 of {path}"
+    assert (told in caplog.text) == ("loop.epochs=null" not in changes)
+
+
+def test_epochs_replace_steps_and_two_of_them_are_refused(tmp_path, caplog):
+    path = tmp_path / "config.py"
+    path.write_text((ROOT / "configs" / "stories.py").read_text().replace("epochs=3", "steps=7"))
+    assert (read(path, ["loop.epochs=0.5"]).loop.steps, read(path, ["loop.epochs=0.5"]).loop.epochs) == (None, 0.5)
+    assert "--set loop.epochs replaces loop.steps=7 of " in caplog.text
+    for changes in (["loop.steps=5", "loop.epochs=2"], ["loop.epochs=2", "loop.steps=5"]):
+        with pytest.raises(ValueError, match=r"give one of loop\.steps and loop\.epochs, got 5 and 2"):
+            read(path, changes)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "merged"),
+    [
+        (["a=1", "b=2"], ["a=3"], ["b=2", "a=3"]),
+        (["loop.steps=5"], ["loop.epochs=2"], ["loop.epochs=2"]),
+        (["loop.epochs=null", "loop.steps=5"], ["loop.steps=7"], ["loop.steps=7"]),
+        (["loop.steps=5"], ["loop.epochs=null"], ["loop.steps=5", "loop.epochs=null"]),
+    ],
+)
+def test_changes_of_the_start_and_new_ones(earlier, now, merged):
+    assert _merged(earlier, now) == merged

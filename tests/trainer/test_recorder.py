@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from peanut_jax.trainer import curves
 from peanut_jax.trainer.curves import plot_curves
-from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.metrics_file import drop_after, read_metrics
 from peanut_jax.trainer.progress import progress
 from peanut_jax.trainer.recorder import Recorder
 
@@ -123,14 +123,38 @@ def test_a_line_cut_by_a_kill_is_dropped_and_the_next_one_whole(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_damage_elsewhere_is_an_error_and_touches_nothing(tmp_path):
+DAMAGED_LINES = [
+    b"", b"{", b'{"step', b"\xff\xfe", b"[1]", b"null", b"{}", b'{"step": "2"}', b'{"step": -1}', b'{"step": true}',
+    b'{"step": 2.5}', b'{"step": 1e999}', b'{"step": 2, "a": []}', b'{"step": 2, "a": "b"}', b'{"step": 2, "a": null}',
+    b"[" * 100_000, b'{"step": 2, "a": ' + b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}",
+    b'{"step": 2, "a": 1' + b"0" * 400 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_damaged_lines_are_left_out_and_kept_aside(tmp_path, line, place, caplog):
     write(tmp_path, losses(range(1, 4)))
     path = tmp_path / "metrics.jsonl"
-    damaged = path.read_text().replace('"step": 2', '"step')
-    path.write_text(damaged)
-    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not JSON"):
-        Recorder(tmp_path, resume_step=3)
-    assert path.read_text() == damaged
+    whole = path.read_bytes().split(b"\n")
+    damaged = b"\n".join([*whole[:place], line, *whole[place:]])
+    path.write_bytes(damaged)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert f"1 of 4 lines of {path} are damaged and left out, the first is line {place + 1}: " in caplog.text
+    assert len(caplog.text) < 600
+    assert path.read_bytes() == damaged
+    drop_after(tmp_path, 2)
+    assert path.read_bytes() == b"\n".join([*whole[:2], b""])
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == damaged
+
+
+def test_numbers_that_others_wrote_stay_as_they_are(tmp_path):
+    """NaN is no JSON; Python reads it, and did not write it."""
+    content = '{"step": 1, "a": NaN, "b\\u2028": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(content)
+    drop_after(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+    assert math.isnan(read_metrics(tmp_path)[0]["a"])
 
 
 def every_metric(step):
@@ -170,6 +194,11 @@ def test_a_finite_point_between_nans_can_be_seen(tmp_path):
     middle = pixels[:, 400:500].reshape(-1, 3)  # where step 2 is, and no legend
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)):
         assert (middle == colour).all(1).sum() > 4, colour
+
+
+def test_a_metric_whose_name_is_no_formula(tmp_path):
+    write(tmp_path, [(1, {"eval/$x_{": 1.0})])
+    assert plot_curves(tmp_path).exists()
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

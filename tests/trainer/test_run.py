@@ -185,7 +185,13 @@ def test_a_run_that_saved_nothing_may_start_with_another_config(run, tmp_path, p
 
 
 def test_fields_that_may_change(run, whole):
-    loop_changes = {"loop__save_every": 1, "loop__log_every": 7, "loop__keep_last": 5, "loop__nonfinite": "skip"}
+    loop_changes = {
+        "loop__save_every": 1,
+        "loop__log_every": 7,
+        "loop__eval_every": 2,
+        "loop__keep_last": 5,
+        "loop__nonfinite": "skip",
+    }
     assert train(changed(run, **loop_changes), whole, resume=True) == Outcome(8, 8)
 
 
@@ -194,22 +200,22 @@ def test_a_resume_with_other_data(run, whole, tiny):
     kept = data.read_text()
     try:
         data.write_text("\n".join(kept.splitlines()[::-1]) + "\n")
-        with pytest.raises(ValueError, match=r"data\.train\.checksum"):
+        with pytest.raises(ValueError, match=r"data\.train\.digest"):
             train(run, whole, resume=True)
     finally:
         data.write_text(kept)
 
 
-def test_a_resume_with_another_base(run, whole, tiny, tmp_path):
-    """The same path, with other weights in it."""
+@pytest.mark.parametrize("module", ["layers.1.self_attn.q_proj", "layers.0.self_attn.o_proj", "embed_tokens", "norm"])
+def test_a_resume_with_another_base(run, whole, tiny, module):
+    """The same path, with other weights in it, of adapted kernels and of what is not adapted."""
     model = tiny / "model" / "model.safetensors"
     kept = model.read_bytes()
     try:
         tensors = load_file(model)
-        name = "model.layers.1.self_attn.q_proj.weight"
-        tensors[name][3, 5] += 1
+        tensors[f"model.{module}.weight"].reshape(-1)[5] += 1e-3
         save_file(tensors, model, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"base: 1 of 6 kernels differ, the first 'model\.layers\.1\.self_attn"):
+        with pytest.raises(ValueError, match=rf"base: 1 of \d+ parameters differ, the first 'model\.{module}\."):
             train(run, whole, resume=True)
     finally:
         model.write_bytes(kept)

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from peanut_jax.trainer import run_folder
-from peanut_jax.trainer.run_folder import describe, note_resume, open_run, read_run, write_run
+from peanut_jax.trainer.run_folder import describe, note_resume, open_run, read_run, update_run, write_run
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -162,18 +162,46 @@ def test_a_resume_is_added_and_the_start_kept(tmp_path):
 
 
 def test_a_description_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    a_run(tmp_path, {"config": 1})
+    a_run(tmp_path, {"config": {"steps": 1}})
     with pytest.raises(TypeError):
         write_run(tmp_path, {"config": object()})
-    assert read_run(tmp_path) == {"config": 1}
+    assert read_run(tmp_path) == {"config": {"steps": 1}}
 
 
-@pytest.mark.parametrize("content", [None, "{", b"\xff"])
-def test_a_damaged_description_is_named(tmp_path, content):
+DEEP = "[" * 100_000
+DAMAGED = [
+    None, "", "{", b"\xff\xfe{", "[]", "null", "3", DEEP, '{"config": ' + DEEP, "{}", '{"config": 3}',
+    '{"config": {}, "source": []}', '{"config": {}, "resumed": {}}', '{"config": {}, "identity": "x"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_description_is_read_from_its_copy(tmp_path, content, caplog):
+    a_run(tmp_path, {"config": {"steps": 1}})
+    (tmp_path / "run.json").unlink()
     if content is not None:
         (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=r"run\.json cannot be read: "):
+    assert read_run(tmp_path) == {"config": {"steps": 1}}
+    assert not caplog.text
+    assert read_run(tmp_path, tell=True) == {"config": {"steps": 1}}
+    assert "run.json is damaged, its copy is used: " in caplog.text
+    (tmp_path / ".run.json.copy").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json cannot be read, nor is there a whole copy: .") as error:
         read_run(tmp_path)
+    assert len(str(error.value)) < 400
+
+
+def test_a_description_is_brought_up_to_date(tmp_path, caplog):
+    """What it says of the start stays; a damaged one is written anew, with a warning."""
+    a_run(tmp_path, {"config": {"steps": 1}, "started": "then"})
+    update_run(tmp_path, {"steps": 2}, source={"config": "x"})
+    assert read_run(tmp_path) == {"config": {"steps": 2}, "started": "then", "source": {"config": "x"}}
+    assert not caplog.text
+    for name in ("run.json", ".run.json.copy"):
+        (tmp_path / name).write_text("{")
+    update_run(tmp_path, {"steps": 3})
+    assert "it is written anew" in caplog.text
+    assert read_run(tmp_path)["config"] == {"steps": 3}
 
 
 def test_git_knows_commit_and_changes(tmp_path, monkeypatch):

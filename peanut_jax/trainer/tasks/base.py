@@ -22,7 +22,8 @@ class Task(NamedTuple):
         params: The frozen base, on the mesh.
         loss_fn: As `make_train_step` takes it.
         sums: (params, batch) -> each metric summed over the batch's labels, and `weight`, how many labels those are.
-        train, evaluation: Rows to train on, and rows to evaluate on; None for no evaluation.
+        train, evaluation: Rows to train on, and rows to evaluate on; None for no evaluation. See `Rows` on how changed
+            data are told.
         unit: The word for what the rate of training counts, such as "tokens".
         count: batch -> how many of those it holds.
     """
@@ -41,6 +42,9 @@ class TaskConfig(Protocol):
     """The `task` of a `Run`: a frozen dataclass whose fields JSON can hold, and which builds itself.
 
     `Classification` and `LanguageModelling` are two; one of your own may stand in the config file that uses it.
+
+    A field that names a place of data may change when a run is resumed, if the data are the same there: such fields
+    are listed in `SOURCES`, a class variable that may be left out.
 
     Attributes:
         METRICS: Names of the metrics in `Task.sums`, of which `loop.best` is one.

@@ -20,7 +20,7 @@ from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.packing import fits, pack_row, plan_rows
 from peanut_jax.trainer.rows import Row, Rows
 from peanut_jax.trainer.tasks.base import DTYPES, Task
-from peanut_jax.trainer.tasks.tables import check_text, read_table
+from peanut_jax.trainer.tasks.tables import check_text, digest_table, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class LanguageModelling:
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    SOURCES: ClassVar[tuple[str, ...]] = ("train", "evaluation")
 
     model: str
     train: str
@@ -107,6 +108,10 @@ class PackedRows:
         indices: Any = self._members[i]
         part = self._table[indices]
         return pack_row(list(zip(part["prompt"], part["response"], strict=True)), self._length)
+
+    def digest(self) -> str:
+        """See `Digested`: every token, from which and `seq_len` the rows are made."""
+        return digest_table(self._table, ("prompt", "response"))
 
 
 def _tokenised(table: datasets.Dataset, task: LanguageModelling, tokenizer: Any) -> datasets.Dataset:

@@ -1,6 +1,8 @@
 """Classification of texts: a Flax encoder of transformers with a new head."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, ClassVar
 
 import datasets
@@ -15,12 +17,14 @@ from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.trainer.checks import check_choice, check_int
-from peanut_jax.trainer.rows import WEIGHTS, Row, Rows
+from peanut_jax.trainer.rows import WEIGHTS, Row, Rows, digest_arrays
 from peanut_jax.trainer.tasks.base import DTYPES, Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
-from peanut_jax.trainer.tasks.tables import check_text, read_table
+from peanut_jax.trainer.tasks.tables import check_text, digest_table, read_table
 
 LABELS = "labels"
+# Rows whose tokens are part of the digest, and tell another tokenizer of the same vocabulary.
+_PROBES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Classification:
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    SOURCES: ClassVar[tuple[str, ...]] = ("train", "evaluation")
 
     model: str
     train: str
@@ -130,3 +135,15 @@ class TextRows:
         encoded = self._tokenizer(*texts, padding="max_length", truncation=True, max_length=task.max_tokens)
         inputs = {name: np.asarray(values, np.int32) for name, values in encoded.items()}
         return {**inputs, LABELS: np.int32(row[task.label]), WEIGHTS: np.float32(1)}  # type: ignore[dict-item]
+
+    def digest(self) -> str:
+        """See `Digested`: every text and label, the vocabulary, and the tokens of some rows.
+
+        The tokenizer's files do not count themselves: another release of its library may write them otherwise.
+        """
+        columns = [name for name in (self._task.text, self._task.text_pair, self._task.label) if name]
+        vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()
+        probes = np.unique(np.linspace(0, len(self) - 1, min(_PROBES, len(self)), dtype=int))
+        rows = [digest_arrays(self[i]) for i in probes]
+        parts = [digest_table(self._table, columns), hashlib.sha256(vocabulary).hexdigest(), *rows]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
