@@ -2,24 +2,25 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peanut_jax as pj
-from peanut_jax.run_checkpoints import Checkpoints, differences, read_about
+from peanut_jax.run_checkpoints import Checkpoints, differences, listed, read_about
 from peanut_jax.sharding import batch_sharding, check_batch, make_mesh, mesh_of
 from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.curves import plot_curves
 from peanut_jax.trainer.data import batches
 from peanut_jax.trainer.distributed import on_first
+from peanut_jax.trainer.guard import not_finite
 from peanut_jax.trainer.judging import FRESH, due, judged
 from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
 from peanut_jax.trainer.rows import identity
 from peanut_jax.trainer.run_folder import describe, note_resume, open_run, write_run
 from peanut_jax.trainer.signals import signalled
 from peanut_jax.trainer.tasks.base import Task
-from peanut_jax.trainer.watch import Watch, watching
+from peanut_jax.trainer.watch import Watch, is_finite, watching
 from peanut_jax.training import TrainState
 
 CHECKPOINTS, ADAPTER, BEST = "checkpoints", "adapter", "best"
@@ -80,8 +81,12 @@ def train(
         if programs is not None:
             programs.check(run)
         task = task or run.task.build(mesh, run.rules, run.loop.seed)
-        checkpoints = stack.enter_context(_checkpoints(run, task, folder))
-        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet)
+        about, state = _about(run, task), first_state(run, task)
+        if programs is None and not resume:
+            programs = compile_programs(run, task, state)
+        on_first(lambda: _claim(run, folder))  # late: a start that fails before this leaves the folder as it was
+        checkpoints = stack.enter_context(_checkpoints(run, task, folder, about))
+        outcome, state = _fit(run, task, state, folder, checkpoints, stack, resume, programs, quiet)
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
@@ -91,25 +96,33 @@ def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> 
     """Takes the run's folder, on the first process; what was trained there must be of the same config."""
     stack.enter_context(open_run(folder, resume=resume))
     about = read_about(folder / CHECKPOINTS)
-    if about is None:
+    if about and (different := list(differences(about.get("config"), run.identity(), "config"))):
+        raise ValueError(f"{folder} holds another run (there, here): {listed(different)}")
+
+
+def _claim(run: Run, folder: Path) -> None:
+    """Writes run.json, on the first process; over that of a run which saved nothing."""
+    if read_about(folder / CHECKPOINTS) is None:
         write_run(folder, describe(run.as_json()))
-    elif different := list(differences(about["config"], run.identity(), "config")):
-        raise ValueError(f"{folder} holds another run (there, here): {'; '.join(different)}")
 
 
-def _checkpoints(run: Run, task: Task, folder: Path) -> Checkpoints:
-    """The run's checkpoints, which hold its config and what identifies its base and its data."""
+def _about(run: Run, task: Task) -> dict[str, Any]:
+    """The run's config and what identifies its base and its data, as its checkpoints hold them."""
     data = {name: identity(rows) for name in ("train", "evaluation") if (rows := getattr(task, name)) is not None}
-    about = {"config": run.identity(), "base": pj.fingerprint(task.params, run.adapter), "data": data}
+    return {"config": run.identity(), "base": pj.fingerprint(task.params, run.adapter), "data": data}
+
+
+def _checkpoints(run: Run, task: Task, folder: Path, about: Mapping[str, Any]) -> Checkpoints:
     return Checkpoints(
         folder / CHECKPOINTS, about, keep_last=run.loop.keep_last,
-        best=run.loop.best if task.evaluation else None, best_mode=run.loop.best_mode,
+        best=run.loop.best if task.evaluation else None, best_mode=run.best_mode,
     )  # fmt: skip
 
 
 def _fit(
     run: Run,
     task: Task,
+    state: TrainState,
     folder: Path,
     checkpoints: Checkpoints,
     stack: contextlib.ExitStack,
@@ -119,15 +132,20 @@ def _fit(
 ) -> tuple[Outcome, TrainState]:
     """Starts or resumes, and takes the steps. What `stack` is given stays open until the run is finished."""
     total = run.loop.total(len(task.train))
-    state, record = first_state(run, task), dict(FRESH)
+    record = dict(FRESH)
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
+        if leaf := not_finite(state):
+            raise ValueError(
+                f"the checkpoint of step {int(state.step)} in {folder / CHECKPOINTS} holds numbers that are not "
+                f"finite, in {leaf!r}: remove {int(state.step)} there to go on from an older one, or start anew"
+            )
         on_first(lambda: note_resume(folder, int(state.step)))
     start = int(state.step)
     if record["done"]:
         return Outcome(start, total, early=start < total), state
     programs = programs or compile_programs(run, task, state)
-    watch = stack.enter_context(watching(run, task, folder, start, quiet))
+    watch = stack.enter_context(watching(run, task, folder, state, checkpoints, quiet))
     asked = stack.enter_context(signalled())
     return _steps(run, task, state, record, programs, checkpoints, watch, asked)
 
@@ -156,17 +174,18 @@ def _steps(
             watch.took(step, metrics, task.count(batch))
             signal_name = asked(step)
         ending = batch is None or signal_name is not None
-        now, found = due(loop, step, total, evaluates=task.evaluation is not None, ending=ending), None
+        now = due(loop, step, total, evaluates=task.evaluation is not None, ending=ending, owed=watch.owed)
+        found = None
         if now.log:
             watch.log(state)  # before anything is saved: it looks for NaNs
         if now.evaluate and task.evaluation is not None:
             found = evaluate(programs, state.adapters, params, task.evaluation, loop.batch_size)
-            watch.write(step, {f"eval/{name}": value for name, value in found.items()})
-            record = judged(record, found, loop)
+            watch.evaluated(step, found)
+            record = judged(record, found, run)
         if now.save:
             record["done"] = record["done"] or step == total
-            checkpoints.save(state, record, found)
-            watch.saved = step
+            if watch.may_save(state, found, last=record["done"]) or ending:
+                checkpoints.save(state, record, found, good=is_finite(found))
             watch.begin()
         if batch is None:
             raise ValueError(f"the data ended after step {step} of {total}; the checkpoint of that step is saved")

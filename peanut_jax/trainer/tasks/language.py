@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import datasets
@@ -19,7 +20,7 @@ from peanut_jax.sharding import Rules, batch_shards
 from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.packing import fits, pack_row, plan_rows
 from peanut_jax.trainer.rows import Row, Rows
-from peanut_jax.trainer.tasks.base import DTYPES, Task
+from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.tables import check_text, read_table
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class LanguageModelling:
         remat: As `DecoderConfig.remat`.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min"}
 
     model: str
     train: str

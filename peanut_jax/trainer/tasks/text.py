@@ -1,6 +1,7 @@
 """Classification of texts: a Flax encoder of transformers with a new head."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import datasets
@@ -16,7 +17,7 @@ from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.rows import WEIGHTS, Row, Rows
-from peanut_jax.trainer.tasks.base import DTYPES, Task
+from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 from peanut_jax.trainer.tasks.tables import check_text, read_table
 
@@ -36,7 +37,7 @@ class Classification:
         dtype: Dtype of the base and the activations.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min", "accuracy": "max"}
 
     model: str
     train: str
