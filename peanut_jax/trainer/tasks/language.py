@@ -10,7 +10,6 @@ import jax
 import pyarrow.compute as pc
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from transformers import AutoTokenizer
 
 from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import CHUNK, language_loss, summed_loss
@@ -22,6 +21,7 @@ from peanut_jax.trainer.packing import fits, pack_row, plan_rows
 from peanut_jax.trainer.rows import Row, Rows
 from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.tables import check_text, read_table
+from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class LanguageModelling:
     def build(self, mesh: Mesh, rules: Rules | None, seed: int) -> Task:
         """The decoder, its loss and the data; see `TaskConfig.build`. Nothing is drawn from `seed`."""
         model, params = load_decoder(self.model, self.dtype, mesh, rules, remat=self.remat)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         vocab_size = model.config.vocab_size
         chunk = CHUNK * batch_shards(mesh)
 

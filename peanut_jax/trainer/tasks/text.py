@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from transformers import AutoTokenizer
 
 from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
@@ -20,6 +19,7 @@ from peanut_jax.trainer.rows import WEIGHTS, Row, Rows
 from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 from peanut_jax.trainer.tasks.tables import check_text, read_table
+from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 LABELS = "labels"
 
@@ -72,7 +72,7 @@ class Classification:
             self.model, "sequence-classification", dtype=jnp.dtype(self.dtype), seed=seed, num_labels=self.num_labels
         )
         params = shard(params, mesh, rules_for(model.config.model_type) if rules is None else rules)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         self._check_fit(model.config, len(tokenizer))
 
         def sums(params: PyTree, batch: Any, **options: Any) -> dict[str, jax.Array]:
