@@ -17,5 +17,5 @@ config = Run(
     ),
     adapter=pj.PeanutConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS"),
     optimizer=Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=100),
-    loop=Loop(epochs=3, batch_size=32, eval_every=500, save_every=500, best="accuracy", best_mode="max"),
+    loop=Loop(epochs=3, batch_size=32, eval_every=500, save_every=500, best="accuracy"),
 )

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from peanut_jax.files.atomic import write_text
+from peanut_jax.files.hub import read_json
 from peanut_jax.run_checkpoint_leaves import ABSENT
 
 ABOUT = "about.json"
@@ -24,9 +25,9 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore it or use another folder") from error
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{ABOUT} is damaged ({one_line(error)}); restore it or use another folder") from error
 
 
 def check_about(folder: Path, about: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ def check_about(folder: Path, about: Mapping[str, Any]) -> None:
     saved = read_about(folder)
     different = [] if saved is None else list(differences(saved, about))
     if different:
-        raise ValueError(f"{folder} holds checkpoints of another run (there, here): " + "; ".join(different))
+        raise ValueError(f"{folder} holds checkpoints of another run (there, here): {listed(different)}")
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
@@ -75,6 +76,21 @@ def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
                 continue  # a field that came later, at None, where an older file has none
             dotted = f"{path}.{name}" if path else name
             yield from differences(there.get(name, ABSENT), here.get(name, ABSENT), dotted)
+
+
+def listed(items: Sequence[str], limit: int = 350) -> str:
+    """The items as one text of at most about `limit` characters; those that have no room are counted."""
+    shown = list(items)
+    while len(shown) > 1 and len("; ".join(shown)) > limit:
+        shown.pop()
+    left = len(items) - len(shown)
+    return "; ".join(shown) + (f"; and {left} more" if left else "")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Type and message, less the middle of a long one: tensorstore puts the cause at the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _is_fingerprint(value: Mapping[str, Any]) -> bool:

@@ -9,18 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import tensorstore
 from jax import lax
 from jaxtyping import Array, PyTree, UInt32
 
 from peanut_jax.base.digest import SEEDS, position_weights
+from peanut_jax.files.hub import read_json
 from peanut_jax.training import TrainState
 
 ARRAYS, NOTE = "state", "note"
+_NOTE_FILE = "metadata"  # what orbax's JsonSave calls it
 ABSENT = "(absent)"
 # What damaged files were seen to raise in the parsers of orbax, tensorstore and json: one flipped byte of a JSON file
 # can rename a key or change a type.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError, OverflowError, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 @jax.jit
@@ -106,11 +111,33 @@ def _brief(leaf: Mapping[str, Any] | None) -> str:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    note = ocp.JsonCheckpointHandler().restore(path / NOTE)
+    """The note of the checkpoint in a folder.
+
+    Raises:
+        One of `UNREADABLE`: it is damaged.
+    """
+    file = path / NOTE / _NOTE_FILE
+    note = read_json(file)
     content = {name: value for name, value in note.items() if name != "sha256"}
     if sealed(content) != note:
-        raise ValueError(f"the checksum of {path / NOTE} does not fit")
+        raise ValueError(f"the checksum of {file} does not fit")
+    if not _is_note(content):
+        raise ValueError(f"{file} does not hold the leaves, the record and the metrics of a checkpoint")
     return content
+
+
+def _is_note(content: Mapping[str, Any]) -> bool:
+    leaves, metrics = content.get("leaves"), content.get("metrics", ABSENT)
+    described = {"shape": list, "dtype": str, "checksum": list}
+    return (
+        isinstance(leaves, dict)
+        and all(isinstance(leaf, dict) for leaf in leaves.values())
+        and all(isinstance(leaf.get(name), kind) for leaf in leaves.values() for name, kind in described.items())
+        and isinstance(content.get("record"), dict)
+        and (metrics is None or isinstance(metrics, dict))
+        and all(isinstance(value, (int, float)) for value in (metrics or {}).values())
+        and isinstance(content.get("good"), (int, type(None)))
+    )
 
 
 def sealed(note: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,16 +146,39 @@ def sealed(note: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, leaves: Mapping[str, dict]) -> dict[str, np.ndarray]:
-    """The leaves as numpy arrays, read by this process alone, each compared with its checksum."""
-    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves}
-    args = ocp.args.PyTreeRestore(item=dict.fromkeys(leaves, 0), restore_args=as_numpy)
-    arrays = ocp.PyTreeCheckpointHandler().restore(path / ARRAYS, args=args)
+    """The leaves as numpy arrays, read by this process alone, each compared with its checksum.
+
+    By tensorstore, which orbax reads with too: orbax closes its event loop at the first damaged leaf, and every other
+    leaf that is on its way then prints a traceback.
+
+    Raises:
+        One of `UNREADABLE`: a file or a leaf is damaged.
+    """
+    opening = {name: tensorstore.open(_spec(path / ARRAYS, name), open=True, read=True) for name in leaves}
+    stores = {name: future.result() for name, future in opening.items()}
+    for name, store in stores.items():
+        _check_size(name, store, leaves[name])
+    reading = {name: store.read() for name, store in stores.items()}
+    arrays = {name: np.asarray(future.result()) for name, future in reading.items()}
     digests = jax.device_get({name: digest(array) for name, array in arrays.items()})
     for name, leaf in leaves.items():
         found = {**_description(arrays[name]), "checksum": digests[name].tolist()}
         if any(leaf[field] != value for field, value in found.items()):
             raise ValueError(f"the checksum of leaf {name} does not fit")
     return arrays
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
+    """Where orbax keeps a leaf of a flat mapping."""
+    base = {"driver": "file", "path": f"{folder}/"}
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+
+
+def _check_size(name: str, store: Any, leaf: Mapping[str, Any]) -> None:
+    """Before anything is read: a damaged size would be allocated."""
+    shape, chunk = list(store.shape), list(store.chunk_layout.read_chunk.shape or ())
+    if shape != leaf["shape"] or any(part > max(whole, 1) for part, whole in zip(chunk, shape, strict=True)):
+        raise ValueError(f"leaf {name} has shape {shape} in chunks of {chunk}, and its note says {leaf['shape']}")
 
 
 def placed(arrays: Mapping[str, np.ndarray], like: TrainState) -> TrainState:

@@ -17,7 +17,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from peanut_jax.run_checkpoint_about import ABOUT, check_about, differences, plain, read_about, write_about
+from peanut_jax.run_checkpoint_about import (
+    ABOUT,
+    check_about,
+    differences,
+    listed,
+    one_line,
+    plain,
+    read_about,
+    write_about,
+)
+from peanut_jax.run_checkpoint_keep import Keep, everywhere, open_manager
 from peanut_jax.run_checkpoint_leaves import (
     ARRAYS,
     NOTE,
@@ -33,7 +43,7 @@ from peanut_jax.run_checkpoint_leaves import (
 )
 from peanut_jax.training import TrainState
 
-__all__ = ["ABOUT", "Checkpoints", "differences", "read_about"]
+__all__ = ["ABOUT", "Checkpoints", "differences", "listed", "read_about"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +79,13 @@ class Checkpoints:
         Args:
             about: What this run is, as nested mappings for JSON: its config, the base's fingerprint. The first save
                 writes it to about.json, and every later run in this folder must say the same.
-            keep_last: Newest checkpoints to keep, at least 1; 2, so that one damaged checkpoint leaves another.
+            keep_last: Newest checkpoints to keep, at least 1; 2, so that one damaged checkpoint leaves another. The
+                last that was confirmed is kept besides: see `confirm`.
             best: A metric; the checkpoint with its best value is kept too.
             best_mode: Whether "min" or "max" of `best` is the best.
 
         Raises:
-            ValueError: a bad argument; another `about` than the folder's, naming every field that differs.
+            ValueError: a bad argument; another `about` than the folder's, naming the fields that differ.
             OSError: a folder that cannot be read or made.
         """
         if not isinstance(keep_last, int) or keep_last < 1:
@@ -85,14 +96,19 @@ class Checkpoints:
         self._about = plain(about, "about")
         self._best = best
         check_about(self.folder, self._about)
+        self._keep = Keep(keep_last, -1 if best_mode == "min" else 1)
         with self._reporting("open"):
-            keep = _Keep(keep_last, -1 if best_mode == "min" else 1)
-            options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._keep = keep
-        self._load_scores()
+            self._manager = open_manager(self.folder, self._keep)
+        self._load_notes()
 
-    def save(self, state: TrainState, record: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        record: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        good: bool = False,
+    ) -> None:
         """Saves the state under its step, in the background; waits only for the save before it.
 
         The state is copied before this returns, so that a train step may donate it. A step that is saved already is
@@ -100,7 +116,8 @@ class Checkpoints:
 
         Args:
             record: What the loop needs to go on besides the state, for JSON: data position, best metric.
-            metrics: This step's; without them, or where `best` is NaN, it cannot become the best.
+            metrics: This step's; without them, or where `best` is not finite, it cannot become the best.
+            good: Whether the state is known to be good already; otherwise `confirm` says so later.
 
         Raises:
             ValueError: a record that is not JSON; metrics without `best`; a step older than the newest that is saved.
@@ -115,7 +132,8 @@ class Checkpoints:
         if latest is not None and step < latest:
             raise ValueError(f"{self.folder} holds step {latest}, newer than step {step}; save to another folder")
         leaves = named(state)
-        note = _note(leaves, record, metrics)
+        self._keep.good = step if good else self._keep.good
+        note = _note(leaves, record, metrics, self._keep.good)
         with self._reporting("save in"):
             write_about(self.folder, self._about)
             arrays = ocp.args.PyTreeSave({name: host_copy(leaf) for name, leaf in leaves.items()})
@@ -123,6 +141,18 @@ class Checkpoints:
             self._manager.save(
                 step, args=ocp.args.Composite(**{ARRAYS: arrays, NOTE: ocp.args.JsonSave(note)}), force=True
             )
+
+    def confirm(self) -> None:
+        """Says that the newest checkpoint is good, such as when a step after it had a finite loss.
+
+        It is kept until a newer one is known to be good; the next save writes down which one it is.
+        """
+        latest = self._manager.latest_step()
+        self._keep.good = self._keep.good if latest is None else latest
+
+    def good(self) -> int | None:
+        """The step of the last checkpoint that is known to be good; None where there is none."""
+        return self._keep.good if self._keep.good in self.steps() else None
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its record; None where there is none.
@@ -195,13 +225,13 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps:
             found, cause = self._read(step, named(like))
-            if _everywhere(found is not None):
+            if everywhere(found is not None):
                 self._set_aside(damaged, step)
                 arrays, record = found  # type: ignore[misc]
                 return placed(arrays, like), record
             damaged[step] = cause or "another process cannot read it"
         if steps:
-            causes = "; ".join(f"{step}: {cause}" for step, cause in damaged.items())
+            causes = listed([f"{step}: {cause}" for step, cause in damaged.items()], 300)
             raise ValueError(f"every checkpoint in {self.folder} is damaged ({causes}); start in another folder")
         return None
 
@@ -211,12 +241,12 @@ class Checkpoints:
         try:
             note = read_note(path)
         except UNREADABLE as error:
-            return None, _one_line(error)
+            return None, one_line(error, 120)
         check_leaves(note["leaves"], like, path)
         try:
             return (read_arrays(path, note["leaves"]), note["record"]), ""
         except UNREADABLE as error:
-            return None, _one_line(error)
+            return None, one_line(error, 120)
 
     def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
         if not damaged:
@@ -232,62 +262,42 @@ class Checkpoints:
         multihost_utils.sync_global_devices("peanut_jax.run_checkpoints: damaged checkpoints renamed")
         self._manager.reload()
 
-    def _load_scores(self) -> None:
-        for step in self._manager.all_steps():
+    def _load_notes(self) -> None:
+        """The scores, and which checkpoint is known to be good."""
+        good: set[int] = set()
+        steps = self._manager.all_steps()
+        for step in steps:
             # A damaged note has no score; `restore` is where it is reported.
             with contextlib.suppress(*UNREADABLE):
-                self._keep.scores[step] = self._score(read_note(self.folder / str(step)))
+                note = read_note(self.folder / str(step))
+                self._keep.scores[step] = self._score(note)
+                good.add(note.get("good", -1))  # which notes of earlier versions lack
+        self._keep.good = max(good.intersection(steps), default=None)
 
     def _score(self, note: Mapping[str, Any]) -> float | None:
         value = (note["metrics"] or {}).get(self._best)
-        return None if value is None or math.isnan(value) else value
+        return value if value is not None and math.isfinite(value) else None
 
     @contextlib.contextmanager
     def _reporting(self, what: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore calls a full disk a ValueError
-            raise OSError(f"cannot {what} {self.folder}: {_one_line(error)}") from error
+            raise OSError(f"cannot {what} {self.folder}: {one_line(error)}") from error
 
 
-class _Keep:
-    """Orbax's preservation policy: the newest and the best. Its own, as orbax's opens no folder with a damaged metric.
-
-    Attributes:
-        latest: How many of the newest.
-        sign: 1 where a higher score is better, -1 where a lower one is.
-        scores: Step -> score, None where it has none.
-    """
-
-    def __init__(self, latest: int, sign: int):
-        self.latest, self.sign = latest, sign
-        self.scores: dict[int, float | None] = {}
-
-    def ranked(self, steps: Sequence[int]) -> list[int]:
-        """The steps that have a score, the best first and of equals the newest."""
-        scores = {step: score for step in steps if (score := self.scores.get(step)) is not None}
-        return sorted(scores, key=lambda step: (self.sign * scores[step], step), reverse=True)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether to keep each checkpoint, as orbax asks it."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.latest :], *self.ranked(steps)[:1]}
-        return [step in kept for step in steps]
-
-
-def _note(leaves: Mapping[str, Any], record: Mapping[str, Any], metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """What lies beside the arrays of a checkpoint."""
+def _note(
+    leaves: Mapping[str, Any], record: Mapping[str, Any], metrics: Mapping[str, float] | None, good: int | None
+) -> dict[str, Any]:
+    """What lies beside the arrays of a checkpoint; `good` is the step that is known to be good by now."""
     return sealed(
         {
             "leaves": descriptions(leaves),
             "record": plain(record, "record"),
             "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
+            "good": good,
         }
     )
-
-
-def _everywhere(intact: bool) -> bool:
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(intact))))
 
 
 def _of_first_process(steps: Sequence[int]) -> list[int]:
@@ -295,9 +305,3 @@ def _of_first_process(steps: Sequence[int]) -> list[int]:
     count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps), np.int32)))
     padded = np.resize(np.asarray([*steps, 0], np.int32), count)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tolist()
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    """Type and message, less the middle of a long one: tensorstore puts the cause at the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

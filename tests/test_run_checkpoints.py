@@ -342,7 +342,7 @@ def test_about_is_written_by_the_first_save_alone(tmp_path):
         checkpoints.save(make_state(), {})
     Checkpoints(tmp_path, {"r": [1, 2]}).close()
     (tmp_path / ABOUT).write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match=r"about\.json is damaged \(.*about\.json.*restore it or use another folder"):
         Checkpoints(tmp_path, {"r": [1, 2]})
 
 

@@ -7,6 +7,7 @@ References:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, shard
 from peanut_jax.trainer.checks import check_choice
 from peanut_jax.trainer.rows import Row, digest_arrays
-from peanut_jax.trainer.tasks.base import Task
+from peanut_jax.trainer.tasks.base import Direction, Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 
 SPLIT_SEED = 0
@@ -66,7 +67,7 @@ class Digits:
         digits: "0-4", with the checkpoint's own head, or "5-9", with a new one that is drawn from the run's seed.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min", "accuracy": "max"}
     evaluation: ClassVar[str] = "pictures that are not trained on"
 
     model: str

@@ -11,6 +11,9 @@ from peanut_jax.models import decoder_config
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, LINK_SHARE, plan
 from peanut_jax.sharding import make_mesh, mesh_sizes
 
+# CPU devices that a process of JAX can have: XLA's CPU client numbers 1 << 11 of them.
+MAX_DEVICES = 2048
+
 
 def add_plan(commands) -> None:
     plan = add_command(
@@ -22,7 +25,9 @@ def add_plan(commands) -> None:
         "bytes, FLOPs and collectives of one of them. Bytes and FLOPs are the compiler's, the time is an estimate.",
     )
     plan.add_argument("--config-json", required=True, metavar="DIR_OR_FILE", help="config.json, its folder or hub name")
-    plan.add_argument("--mesh", required=True, metavar="SIZES", help="such as data=4,fsdp=16,tensor=4")
+    plan.add_argument(
+        "--mesh", required=True, metavar="SIZES", help=f"such as data=4,fsdp=16,tensor=4; at most {MAX_DEVICES} devices"
+    )
     plan.add_argument("--batch", type=int, required=True, metavar="ROWS", help="rows of a step, over all devices")
     plan.add_argument("--seq", type=int, required=True, metavar="TOKENS", help="tokens of a row")
     plan.add_argument("--accumulate", type=int, default=1, metavar="N", help="microbatches of a step")
@@ -33,9 +38,10 @@ def add_plan(commands) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    count = _device_count(args.mesh)
     model = decoder_config.read_config(args.config_json, remat=args.remat)
     config = config_from(args)
-    _fake_devices(args.mesh)
+    _fake_devices(count)
     mesh = make_mesh(args.mesh)
     found = plan(
         model, mesh, config, batch_size=args.batch, seq_len=args.seq, dtype=args.dtype, accumulate_steps=args.accumulate
@@ -69,15 +75,29 @@ def _plan(args: argparse.Namespace) -> None:
     )
 
 
-def _fake_devices(sizes: str) -> None:
-    """As many CPU devices as the mesh has.
+def _device_count(sizes: str) -> int:
+    """How many devices a mesh has.
 
     Raises:
-        ValueError: a mesh with an open axis; a process in which JAX has looked at its devices, which then stay.
+        ValueError: a mesh with an open axis, or with more devices than can be planned for.
     """
     count = math.prod(mesh_sizes(sizes).values())
     if count < 1:
         raise ValueError(f"--mesh {sizes!r}: give the size of every axis; there are no devices to fill -1 from")
+    if count > MAX_DEVICES:
+        raise ValueError(
+            f"--mesh {sizes!r} has {count:,} devices and plan takes at most {MAX_DEVICES:,}: leave out some of the "
+            "data axis; a device's share stays the same for as many rows a device"
+        )
+    return count
+
+
+def _fake_devices(count: int) -> None:
+    """So many CPU devices.
+
+    Raises:
+        ValueError: a process in which JAX has looked at its devices, which then stay.
+    """
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

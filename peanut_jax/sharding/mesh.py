@@ -63,8 +63,9 @@ def mesh_sizes(sizes: str) -> dict[str, int]:
     given: dict[str, int] = {}
     for part in filter(None, sizes.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
-        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size) or name in given:
-            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {sizes!r}")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d{0,8}", size) or name in given:
+            shown = sizes if len(sizes) <= 80 else f"{sizes[:77]}..."
+            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {shown!r}")
         given[name] = int(size)
     return {name: given.get(name, 1) for name in AXES}
 

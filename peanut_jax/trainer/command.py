@@ -1,6 +1,7 @@
 """Training from a config file, as a command."""
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -11,11 +12,16 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from peanut_jax.trainer import distributed
+from peanut_jax.trainer import aborts, distributed
 
 if TYPE_CHECKING:
     from peanut_jax.trainer.loop import Outcome
 
+# An error is one line of at most so many characters.
+_LONGEST = 500
+_NO_FAULT = (
+    "Where this is no fault of its own, another process has stopped or died: see its output. Go on with --resume"
+)
 EXAMPLES = """\
   %(prog)s configs/sst2.py --out runs/sst2
   %(prog)s configs/sst2.py --out runs/sst2 --set loop.steps=100
@@ -68,18 +74,41 @@ def run(args: argparse.Namespace) -> int:
         signal's number after one that stopped the run, with everything saved.
     """
     try:
+        with contextlib.ExitStack() as stack:
+            return _run(args, stack)
+    except KeyboardInterrupt:
+        print("train: interrupted before the first step; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    try:
         # Imported here: a package that is not installed is an error of the command, not of its --help.
         from peanut_jax.trainer import train
         from peanut_jax.trainer.reading import read_for
 
+        _quiet_libraries()
         distributed.start(args.coordinator, args.processes, args.process_id, args.timeout)
         config, origin = read_for(args.out, args.config, args.set, resume=args.resume)
+        if distributed.several():
+            stack.enter_context(aborts.told(jax.process_index(), distributed.HEARTBEAT_TIMEOUT_S))
         outcome = train(config, args.out, resume=args.resume, origin=origin)
-    except (ImportError, ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    except (ImportError, ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
         return _failed(error)
     if distributed.is_first():
         print(_told(outcome, args.out), file=sys.stderr)
     return 128 + signal.Signals[outcome.signal].value if outcome.signal and not outcome.complete else 0
+
+
+def _quiet_libraries() -> None:
+    """Leaves out what libraries log of an error that is raised too, and their bars where no terminal shows them."""
+    import datasets
+
+    for name, level in (("huggingface_hub", logging.ERROR), ("tensorboardX", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def _told(outcome: "Outcome", out: Path) -> str:
@@ -90,13 +119,17 @@ def _told(outcome: "Outcome", out: Path) -> str:
 
 
 def _failed(error: Exception) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
     if not distributed.several():
-        print(f"train: {error}", file=sys.stderr)
+        print(f"train: {_short(text, _LONGEST - len('train: '))}", file=sys.stderr)
         return 1
-    print(
-        f"train: process {jax.process_index()} stops: {error}. Where this is no fault of its own, another process has "
-        "stopped or died: see its output. Go on with --resume",
-        file=sys.stderr,
-        flush=True,
-    )
+    before, after = f"train: process {jax.process_index()} stops: ", f". {_NO_FAULT}"
+    room = _LONGEST - len(before) - len(after)
+    print(before + _short(text, room) + after, file=sys.stderr, flush=True)
     os._exit(1)  # a regular exit would wait for processes that are no more
+
+
+def _short(text: str, limit: int) -> str:
+    """The text, without its middle where it is longer."""
+    half = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,9 +12,10 @@ import optax
 from peanut_jax.methods.base import Method
 from peanut_jax.sharding import Rules
 from peanut_jax.trainer.checks import check_choice, check_int, check_positive, check_range
-from peanut_jax.trainer.tasks.base import TaskConfig
+from peanut_jax.trainer.tasks.base import DIRECTIONS, Direction, TaskConfig, directions
 from peanut_jax.training import partition
 
+logger = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "linear", "constant")
 NONFINITE = ("stop", "skip")
 # Fields of the loop that may change when a run is resumed.
@@ -102,7 +104,7 @@ class Loop:
         save_every: Steps between two checkpoints.
         keep_last: Newest checkpoints that are kept, besides the best.
         best: The evaluation's metric by which the best checkpoint is chosen.
-        best_mode: Whether its "min" or "max" is the best.
+        best_mode: Whether its "min" or "max" is the best; None for what the task's METRICS say of it.
         patience: Stops after this many evaluations without a better one; None does not.
         nonfinite: What a loss or gradient with a NaN or an infinity does: "stop" ends the run, "skip" leaves the
             adapters as they are for this step, and ends the run after `max_skipped` in a row.
@@ -118,7 +120,7 @@ class Loop:
     save_every: int = 100
     keep_last: int = 2
     best: str = "loss"
-    best_mode: Literal["min", "max"] = "min"
+    best_mode: Direction | None = None
     patience: int | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
@@ -135,7 +137,8 @@ class Loop:
             if getattr(self, name) is not None:
                 check_int(f"loop.{name}", getattr(self, name), 1)
         check_int("loop.seed", self.seed, 0)
-        check_choice("loop.best_mode", self.best_mode, ("min", "max"))
+        if self.best_mode is not None:
+            check_choice("loop.best_mode", self.best_mode, DIRECTIONS)
         check_choice("loop.nonfinite", self.nonfinite, NONFINITE)
         if self.batch_size % self.accumulate_steps:
             raise ValueError(
@@ -175,14 +178,38 @@ class Run:
                 f"peanut_jax.trainer.tasks.base.TaskConfig says, got {self.task!r}"
             )
         self.task.check(self.adapter)
-        check_choice("loop.best", self.loop.best, self.task.METRICS)
+        self._check_best()
         if self.loop.patience is not None and not (self.task.evaluation and self.loop.eval_every):
             raise ValueError(f"loop.patience={self.loop.patience} needs task.evaluation data and loop.eval_every")
 
+    @property
+    def best_mode(self) -> Direction:
+        """Whether "min" or "max" of `loop.best` is the best: what the loop says, or else the task's METRICS."""
+        mode = self.loop.best_mode or directions(self.task.METRICS)[self.loop.best]
+        assert mode is not None
+        return mode
+
+    def _check_best(self) -> None:
+        known = directions(self.task.METRICS)
+        check_choice("loop.best", self.loop.best, tuple(known))
+        own = known[self.loop.best]
+        if own is None and self.loop.best_mode is None:
+            raise ValueError(
+                f"METRICS of {type(self.task).__name__} does not say whether the min or the max of {self.loop.best!r} "
+                f'is the best: make it a mapping such as {{"loss": "min", "{self.loop.best}": "max"}}, or set '
+                "loop.best_mode"
+            )
+        if own is not None and self.loop.best_mode not in (None, own):
+            logger.warning(
+                "loop.best_mode=%r keeps the %s of %r as the best, whose own direction is %r: leave best_mode out for "
+                "that", self.loop.best_mode, self.loop.best_mode, self.loop.best, own,
+            )  # fmt: skip
+
     def as_json(self) -> dict[str, Any]:
-        """Every field, with the kinds of task and adapter, as JSON gives it back."""
+        """Every field, with the kinds of task and adapter, as JSON gives it back; `loop.best_mode` is never None."""
         kinds = {"task": type(self.task).__name__, "adapter": type(self.adapter).__name__}
         content = dataclasses.asdict(self)
+        content["loop"]["best_mode"] = self.best_mode  # as runs of earlier versions have it
         content["rules"] = self.rules and [[pattern, str(spec)] for pattern, spec in self.rules]
         return json.loads(json.dumps({**content, **{n: {"kind": kind, **content[n]} for n, kind in kinds.items()}}))
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from peanut_jax.training import LossFn
+from peanut_jax.training import LossFn, TrainState
 
 
 class Guard(NamedTuple):
@@ -60,3 +60,17 @@ def leaf_name(tree: PyTree, index: int) -> str:
     """The path of leaf number `index` of an adapter, such as `model/layers/self_attn/q_proj/kernel a`."""
     path, _ = jax.tree.leaves_with_path(tree)[index]
     return " ".join(str(part.key) for part in path)
+
+
+def not_finite(state: TrainState) -> str | None:
+    """The first leaf of a state's adapters or optimizer that holds a NaN or an infinity, by name; None without one."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state.opt_state)}
+    adapters = {leaf_name(state.adapters, i): leaf for i, leaf in enumerate(jax.tree.leaves(state.adapters))}
+    named = {**adapters, **{f"optimizer{name}": leaf for name, leaf in leaves.items()}}
+    flags = {name: _is_finite(leaf) for name, leaf in named.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    return next((name for name, fine in jax.device_get(flags).items() if not fine), None)
+
+
+@jax.jit
+def _is_finite(leaf: Array) -> Bool[Array, ""]:
+    return jnp.isfinite(leaf).all()

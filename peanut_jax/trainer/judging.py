@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from peanut_jax.trainer.config import Loop
+from peanut_jax.trainer.config import Loop, Run
 
 # What a checkpoint holds besides the state: the best value of `loop.best`, the evaluations since then, and whether the
 # run is over.
@@ -19,29 +19,26 @@ class Due(NamedTuple):
     save: bool
 
 
-def due(loop: Loop, step: int, total: int, *, evaluates: bool, ending: bool) -> Due:
+def due(loop: Loop, step: int, total: int, *, evaluates: bool, ending: bool, owed: bool = False) -> Due:
     """What is to be done after `step` of `total` steps.
 
     Args:
         evaluates: Whether there are data to evaluate on.
         ending: Whether a signal or the end of the data makes this the last step.
+        owed: Whether a checkpoint was put off.
     """
     evaluate = evaluates and (step == total or (loop.eval_every is not None and step % loop.eval_every == 0))
-    save = ending or step == total or evaluate or step % loop.save_every == 0
+    save = ending or owed or step == total or evaluate or step % loop.save_every == 0
     return Due(log=save or step % loop.log_every == 0, evaluate=evaluate, save=save)
 
 
-def judged(record: Mapping[str, Any], found: Mapping[str, float], loop: Loop) -> dict[str, Any]:
+def judged(record: Mapping[str, Any], found: Mapping[str, float], run: Run) -> dict[str, Any]:
     """The record after an evaluation: whether it is the best so far, and whether patience is at its end."""
-    value, sign = found[loop.best], -1 if loop.best_mode == "min" else 1
+    value, sign = found[run.loop.best], -1 if run.best_mode == "min" else 1
     best, since_best = record["best"], record["since_best"] + 1
-    if not math.isnan(value) and (best is None or sign * value > sign * best):
+    if math.isfinite(value) and (best is None or sign * value > sign * best):
         best, since_best = value, 0
-    return {
-        "best": best,
-        "since_best": since_best,
-        "done": _impatient(since_best, loop),
-    }
+    return {"best": best, "since_best": since_best, "done": _impatient(since_best, run.loop)}
 
 
 def is_over(record: Mapping[str, Any], loop: Loop, step: int, total: int) -> bool:

@@ -14,6 +14,7 @@ from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.curves import plot_curves
 from peanut_jax.trainer.data import batches
 from peanut_jax.trainer.distributed import on_first
+from peanut_jax.trainer.guard import not_finite
 from peanut_jax.trainer.identity import (
     CHECKPOINTS,
     check_config,
@@ -28,7 +29,7 @@ from peanut_jax.trainer.reading import Origin
 from peanut_jax.trainer.run_folder import IDENTITY, SOURCE, describe, note_resume, open_run, update_run, write_run
 from peanut_jax.trainer.signals import signalled
 from peanut_jax.trainer.tasks.base import Task
-from peanut_jax.trainer.watch import Watch, watching
+from peanut_jax.trainer.watch import Watch, is_finite, watching
 from peanut_jax.training import TrainState
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,16 @@ def train(
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(run.mesh)
         check_batch(run.loop.batch_size, mesh, run.loop.accumulate_steps)
-        on_first(lambda: _open(run, folder, stack, resume, origin))
+        on_first(lambda: _open(run, folder, stack, resume))
         if programs is not None:
             programs.check(run)
         task = task or run.task.build(mesh, run.rules, run.loop.seed)
-        here = identify(run, task)
+        here, state = identify(run, task), first_state(run, task)
+        if programs is None and not resume:
+            programs = compile_programs(run, task, state)
+        on_first(
+            lambda: _claim(run, folder, origin)
+        )  # late: a start that fails before this leaves the folder as it was
         checkpoints = stack.enter_context(_checkpoints(run, task, folder, here))
 
         def note(step: int) -> None:
@@ -101,20 +107,23 @@ def train(
             if resume:
                 note_resume(folder, step)
 
-        outcome, state = _fit(run, task, folder, checkpoints, stack, resume, programs, quiet, note)
+        outcome, state = _fit(run, task, state, folder, checkpoints, stack, resume, programs, quiet, note)
         if outcome.complete:
             _finish(run, task, folder, checkpoints, state)
         return outcome
 
 
-def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool, origin: Origin | None) -> None:
+def _open(run: Run, folder: Path, stack: contextlib.ExitStack, resume: bool) -> None:
     """Takes the run's folder, on the first process; what was trained there must be of the same config."""
     stack.enter_context(open_run(folder, resume=resume))
-    there = kept_identity(folder, tell=True)
-    if there is None:
-        write_run(folder, {**describe(run.as_json()), **_source(origin)})
-    else:
+    if (there := kept_identity(folder, tell=True)) is not None:
         check_config(there, run, folder)
+
+
+def _claim(run: Run, folder: Path, origin: Origin | None) -> None:
+    """Writes run.json, on the first process; over that of a run which saved nothing."""
+    if kept_identity(folder) is None:
+        write_run(folder, {**describe(run.as_json()), **_source(origin)})
 
 
 def _checkpoints(run: Run, task: Task, folder: Path, here: Mapping[str, Any]) -> Checkpoints:
@@ -124,7 +133,7 @@ def _checkpoints(run: Run, task: Task, folder: Path, here: Mapping[str, Any]) ->
     on_first(lambda: keep_identity(folder, here))
     return Checkpoints(
         folder / CHECKPOINTS, here, keep_last=run.loop.keep_last,
-        best=run.loop.best if task.evaluation else None, best_mode=run.loop.best_mode,
+        best=run.loop.best if task.evaluation else None, best_mode=run.best_mode,
     )  # fmt: skip
 
 
@@ -135,6 +144,7 @@ def _source(origin: Origin | None) -> dict[str, Any]:
 def _fit(
     run: Run,
     task: Task,
+    state: TrainState,
     folder: Path,
     checkpoints: Checkpoints,
     stack: contextlib.ExitStack,
@@ -149,16 +159,21 @@ def _fit(
         note: Writes down, on the first process, that the run goes on after a step.
     """
     total = run.loop.total(len(task.train))
-    state, record = first_state(run, task), dict(FRESH)
+    record = dict(FRESH)
     if resume:
         state, record = checkpoints.restore(state) or (state, record)
+        if leaf := not_finite(state):
+            raise ValueError(
+                f"the checkpoint of step {int(state.step)} in {folder / CHECKPOINTS} holds numbers that are not "
+                f"finite, in {leaf!r}: remove {int(state.step)} there to go on from an older one, or start anew"
+            )
     start = int(state.step)
     record["done"] = is_over(record, run.loop, start, total)
     on_first(lambda: note(start))
     if record["done"]:
         return Outcome(start, total, early=start < total), state
     programs = programs or compile_programs(run, task, state)
-    watch = stack.enter_context(watching(run, task, folder, start, quiet))
+    watch = stack.enter_context(watching(run, task, folder, state, checkpoints, quiet))
     asked = stack.enter_context(signalled())
     return _steps(run, task, state, record, programs, checkpoints, watch, asked)
 
@@ -187,17 +202,18 @@ def _steps(
             watch.took(step, metrics, task.count(batch))
             signal_name = asked(step)
         ending = batch is None or signal_name is not None
-        now, found = due(loop, step, total, evaluates=task.evaluation is not None, ending=ending), None
+        now = due(loop, step, total, evaluates=task.evaluation is not None, ending=ending, owed=watch.owed)
+        found = None
         if now.log:
             watch.log(state)  # before anything is saved: it looks for NaNs
         if now.evaluate and task.evaluation is not None:
             found = evaluate(programs, state.adapters, params, task.evaluation, loop.batch_size)
-            watch.write(step, {f"eval/{name}": value for name, value in found.items()})
-            record = judged(record, found, loop)
+            watch.evaluated(step, found)
+            record = judged(record, found, run)
         if now.save:
             record["done"] = record["done"] or step == total
-            checkpoints.save(state, record, found)
-            watch.saved = step
+            if watch.may_save(state, found, last=record["done"]) or ending:
+                checkpoints.save(state, record, found, good=is_finite(found))
             watch.begin()
         if batch is None:
             raise ValueError(f"the data ended after step {step} of {total}; the checkpoint of that step is saved")

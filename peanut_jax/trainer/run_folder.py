@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 def open_run(folder: Path, *, resume: bool) -> Iterator[Path]:
     """Holds a run's folder for as long as the block lasts; no other process can then open it.
 
-    The lock is the kernel's and ends with the process, however that ends: a killed run can be resumed at once.
+    The lock is the kernel's and ends with the process, however that ends: a killed run can be resumed at once. Where
+    the block ends before a run.json was written, `folder` is left as it was.
 
     Args:
         folder: The run's; created with its parents where there is none yet.
@@ -49,8 +50,10 @@ def open_run(folder: Path, *, resume: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             _refuse_foreign(folder, resume)
+            new = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(_locked(folder).release)
+            stack.callback(_leave_free, folder, new)
             if not resume and (folder / RUN).exists():
                 raise ValueError(f"{folder} holds a run; pass --resume to go on with it, or choose another folder")
             (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -84,6 +87,17 @@ def check_holds_run(folder: Path) -> None:
 def _is_ours(name: str) -> bool:
     """Whether a run that was killed before it wrote its run.json may have left a file of this name."""
     return name in (LOCK, HOLDER) or name.startswith(f".{RUN}.")
+
+
+def _leave_free(folder: Path, new: Sequence[Path]) -> None:
+    """Removes what only a run needs where none was begun: our files, and the folders that were made, if empty."""
+    if (folder / RUN).exists():
+        return
+    with contextlib.suppress(OSError):  # what is not empty stays, and another run may take it
+        for name in (HOLDER, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        for path in new:
+            path.rmdir()
 
 
 def _locked(folder: Path) -> FileLock:

@@ -45,8 +45,8 @@ def test_an_evaluation_that_is_no_number_is_no_best():
         task=Classification(model="m", train="t", evaluation="e"), adapter=pj.LoraConfig(task_type="SEQ_CLS"),
         loop=Loop(steps=9, eval_every=1, patience=2),
     )  # fmt: skip
-    for value in (np.nan, 3.0, 2.0, np.nan):
-        record = judged(record, {"loss": value}, patient.loop)
+    for value in (np.nan, 3.0, 2.0, -np.inf):
+        record = judged(record, {"loss": value}, patient)
     assert record == {"best": 2.0, "since_best": 1, "done": False}
 
 

@@ -172,12 +172,14 @@ def test_a_resume_with_another_config(run, whole):
 
 def test_a_run_that_saved_nothing_may_start_with_another_config(run, tmp_path, poisoned, monkeypatch):
     """It failed before its first checkpoint: run.json tells of the config that trains."""
-    folder = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match="absent"):
-        train(changed(run, task__model="absent"), folder)
+    folder = tmp_path / "deep" / "run"
+    for name in ("model", "train"):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            train(changed(run, **{f"task__{name}": "absent.jsonl"}), folder)
+        assert not folder.parent.exists()
     poisoned({0})
     with pytest.raises(ValueError, match="there is no checkpoint yet"):
-        train(run, folder, resume=True)
+        train(run, folder)
     monkeypatch.undo()
     other = changed(run, adapter__r=2)
     assert train(other, folder, resume=True) == Outcome(8, 8)

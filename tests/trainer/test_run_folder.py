@@ -76,7 +76,16 @@ def test_what_goes_wrong_inside_keeps_its_type(tmp_path):
 
 
 def test_folders_are_made_with_their_parents(tmp_path):
-    assert opened(tmp_path / "deep" / "run").is_dir()
+    assert a_run(tmp_path / "deep" / "run").is_dir()
+
+
+@pytest.mark.parametrize("made", ["", "mine"])
+def test_a_start_that_began_no_run_leaves_nothing(tmp_path, made):
+    (tmp_path / made).mkdir(exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    opened(tmp_path / "mine" / "deep" / "run")
+    opened(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_earlier_run_wants_resume(tmp_path):
@@ -85,8 +94,9 @@ def test_an_earlier_run_wants_resume(tmp_path):
 
 
 def test_a_run_killed_before_its_description_may_start_again(tmp_path):
-    opened(tmp_path / "run")
-    (tmp_path / "run" / ".run.json.tmp").write_text("{")
+    (tmp_path / "run").mkdir()
+    for name in (".run.json.tmp", ".lock", ".holder"):
+        (tmp_path / "run" / name).write_text("{")
     assert opened(tmp_path / "run")
 
 

@@ -48,7 +48,7 @@ def classification(tiny, tmp_path):
         ),
         adapter=pj.PeanutConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
         optimizer=Optimizer(learning_rate=0.01, schedule="constant"),
-        loop=Loop(steps=12, batch_size=16, accumulate_steps=2, best="accuracy", best_mode="max", eval_every=6),
+        loop=Loop(steps=12, batch_size=16, accumulate_steps=2, best="accuracy", eval_every=6),
         mesh="data=4,fsdp=2",
     )  # fmt: skip
 

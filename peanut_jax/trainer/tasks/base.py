@@ -1,7 +1,7 @@
 """What a task is: the config that says what to train on, and what it builds."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +13,8 @@ from peanut_jax.trainer.rows import Rows
 from peanut_jax.training import LossFn
 
 DTYPES = ("bfloat16", "float32")
+Direction = Literal["min", "max"]
+DIRECTIONS: tuple[Direction, ...] = ("min", "max")
 
 
 class Task(NamedTuple):
@@ -47,12 +49,14 @@ class TaskConfig(Protocol):
     are listed in `SOURCES`, a class variable that may be left out.
 
     Attributes:
-        METRICS: Names of the metrics in `Task.sums`, of which `loop.best` is one.
+        METRICS: Each metric in `Task.sums`, of which `loop.best` is one, and whether its "min" or "max" is the best. A
+            tuple of names says it of "loss" alone, whose best is its "min".
         model: Folder or hub name of the base, recorded with the adapter; None where there is none.
         evaluation: Where the evaluation data are; None for no evaluation.
     """
 
-    METRICS: ClassVar[tuple[str, ...]]
+    @property
+    def METRICS(self) -> Mapping[str, Direction] | tuple[str, ...]: ...
 
     @property
     def model(self) -> str | None: ...
@@ -78,3 +82,22 @@ class TaskConfig(Protocol):
             FileNotFoundError, ValueError: a model or data that is missing or does not fit, by name.
         """
         ...
+
+
+def directions(metrics: Any) -> dict[str, Direction | None]:
+    """Whether "min" or "max" is the best of each of a task's `METRICS`; None where they do not say.
+
+    Raises:
+        ValueError: what is neither a mapping from names to these two nor a tuple of names.
+    """
+    if isinstance(metrics, (tuple, list)):
+        metrics = {name: "min" if name == "loss" else None for name in metrics}
+        allowed: tuple[Any, ...] = (*DIRECTIONS, None)
+    else:
+        allowed = DIRECTIONS
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise ValueError(f'METRICS must be like {{"loss": "min", "accuracy": "max"}}, got {metrics!r}')
+    for name, best in metrics.items():
+        if not isinstance(name, str) or best not in allowed:
+            raise ValueError(f"METRICS must say 'min' or 'max' of each metric's name, got {best!r} of {name!r}")
+    return dict(metrics)

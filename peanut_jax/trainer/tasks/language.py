@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import datasets
@@ -9,7 +10,6 @@ import jax
 import pyarrow.compute as pc
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from transformers import AutoTokenizer
 
 from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder import CHUNK, language_loss, summed_loss
@@ -19,8 +19,9 @@ from peanut_jax.sharding import Rules, batch_shards
 from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.packing import fits, pack_row, plan_rows
 from peanut_jax.trainer.rows import Row, Rows
-from peanut_jax.trainer.tasks.base import DTYPES, Task
+from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.tables import check_text, digest_table, read_table
+from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class LanguageModelling:
         remat: As `DecoderConfig.remat`.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss",)
+    METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min"}
     SOURCES: ClassVar[tuple[str, ...]] = ("train", "evaluation")
 
     model: str
@@ -61,7 +62,7 @@ class LanguageModelling:
     def build(self, mesh: Mesh, rules: Rules | None, seed: int) -> Task:
         """The decoder, its loss and the data; see `TaskConfig.build`. Nothing is drawn from `seed`."""
         model, params = load_decoder(self.model, self.dtype, mesh, rules, remat=self.remat)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         vocab_size = model.config.vocab_size
         chunk = CHUNK * batch_shards(mesh)
 

@@ -1,7 +1,9 @@
 """Tables of text: files of this machine, and data sets of the hub."""
 
+import contextlib
+import errno
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+# What damaged files were seen to raise in datasets, pandas and pyarrow.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+_TOLD = 200  # characters of such an error
 _NO_QUOTING = 3  # as in GLUE's .tsv files, where a quotation mark is one of the text
 
 
@@ -22,7 +27,8 @@ def read_table(source: str, columns: list[str]) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a source of neither kind; a column that is not there.
+        OSError: a file or a data set that cannot be read; no room for it in the cache of datasets.
+        ValueError: a source of neither kind; a file that is damaged or has no rows; a column that is not there.
     """
     path = Path(source)
     table = _read_file(path) if path.suffix in _READERS else _read_hub(source)
@@ -35,7 +41,8 @@ def _read_file(path: Path) -> datasets.Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file {path}")
     options = {"delimiter": "\t", "quoting": _NO_QUOTING} if path.suffix == ".tsv" else {}
-    return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
+    with _named(str(path)):
+        return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
 
 
 def _read_hub(source: str) -> datasets.Dataset:
@@ -46,7 +53,37 @@ def _read_hub(source: str) -> datasets.Dataset:
             f"got {source!r}"
         )
     parts = name.split("/")
-    return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
+    with _named(source):
+        return datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split)
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Tells with the source's name what went wrong with it, as an OSError or a ValueError.
+
+    datasets has errors of its own kind, which hide their cause, and ends an empty file with a StopIteration.
+    """
+    try:
+        yield
+    except StopIteration as error:
+        raise ValueError(f"{source} has no rows") from error
+    except (datasets.exceptions.DatasetsError, OSError, *_DAMAGE) as error:
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                place = datasets.config.HF_DATASETS_CACHE
+                text = f"{cause.strerror}, reading {source} into the cache {place} of datasets (HF_DATASETS_CACHE)"
+                raise OSError(cause.errno, text) from error
+        inner = causes[-1] if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        kind = next((one for one in (FileNotFoundError, OSError) if isinstance(inner, one)), ValueError)
+        text = str(inner).strip().partition("\n")[0][:_TOLD] or type(inner).__name__
+        raise kind(f"{source} cannot be read: {text}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def check_text(table: datasets.Dataset, source: str, columns: list[str]) -> None:

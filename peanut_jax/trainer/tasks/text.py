@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import datasets
@@ -11,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from transformers import AutoTokenizer
 
 from peanut_jax.methods.base import Method
 from peanut_jax.models import hf
 from peanut_jax.sharding import Rules, rules_for, shard
 from peanut_jax.trainer.checks import check_choice, check_int
 from peanut_jax.trainer.rows import WEIGHTS, Row, Rows, digest_arrays
-from peanut_jax.trainer.tasks.base import DTYPES, Task
+from peanut_jax.trainer.tasks.base import DTYPES, Direction, Task
 from peanut_jax.trainer.tasks.losses import classification_sums, mean_loss
 from peanut_jax.trainer.tasks.tables import check_text, digest_table, read_table
+from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 LABELS = "labels"
 # Rows whose tokens are part of the digest, and tell another tokenizer of the same vocabulary.
@@ -40,7 +41,7 @@ class Classification:
         dtype: Dtype of the base and the activations.
     """
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min", "accuracy": "max"}
     SOURCES: ClassVar[tuple[str, ...]] = ("train", "evaluation")
 
     model: str
@@ -76,7 +77,7 @@ class Classification:
             self.model, "sequence-classification", dtype=jnp.dtype(self.dtype), seed=seed, num_labels=self.num_labels
         )
         params = shard(params, mesh, rules_for(model.config.model_type) if rules is None else rules)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         self._check_fit(model.config, len(tokenizer))
 
         def sums(params: PyTree, batch: Any, **options: Any) -> dict[str, jax.Array]:
