@@ -3,7 +3,8 @@
 transformers 4.56 and 4.57 are the last releases with Flax classes. Several of those ignore fields of the
 configuration that the PyTorch class of the same release obeys, and their loader leaves a parameter that the
 checkpoint lacks at a random value with a warning. Here both are errors: `hf_faults` lists the fields, and
-`hf_params` accounts for every parameter of the model and every tensor of the checkpoint.
+`hf_params` accounts for every parameter of the model and every tensor of the checkpoint. What is drawn at all, such as
+a new head, is drawn as PyTorch's class draws it (`hf_init`), and so is attention dropout (`hf_copies`).
 """
 
 import difflib
@@ -52,6 +53,7 @@ def load(
     dtype: Any = jnp.float32,
     seed: int = 0,
     new_modules: Sequence[str] = (),
+    dropout_masks: str = "torch",
     revision: str | None = None,
     **config_overrides: Any,
 ) -> tuple[Any, dict[str, Any]]:
@@ -64,11 +66,15 @@ def load(
         name_or_path: A folder with `config.json` and weights, or a hub name, which goes through
             `huggingface_hub` and its cache (`HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as usual).
         task: A key of `TASKS`. For those in `NEW_HEAD_TASKS` a head that the checkpoint lacks altogether is drawn
-            from `seed` and named in a log warning.
+            from `seed` and named in a log warning: from the distribution that PyTorch's class draws it from, kernels
+            of most architectures from normal(0, `config.initializer_range`) and biases 0.
         dtype: A floating dtype, of the computation and of every parameter.
         seed: Seeds the parameters that are drawn.
         new_modules: Modules to draw from `seed` whatever the checkpoint holds: names or `/`-joined paths, such
             as `"pooler"`, or `"classifier"` to replace a head of another size.
+        dropout_masks: "torch" has attention dropout draw a mask for each row and head, as PyTorch's classes do. "flax"
+            has it draw one for all rows and heads of a batch, as transformers' Flax classes do; it is a little
+            faster. Outside training there is no difference.
         revision: Branch, tag or commit of a hub repository.
         **config_overrides: Fields of the configuration to set, such as `num_labels=3`.
 
@@ -90,9 +96,9 @@ def load(
     """
     transformers = _transformers()
     source, dtype = str(name_or_path), jnp.dtype(dtype)
-    _check_arguments(task, dtype, new_modules)
+    _check_arguments(task, dtype, new_modules, dropout_masks)
     config = _config(source, revision, config_overrides)
-    model_class = _checked_class(transformers, config, task)
+    model_class = _checked_class(transformers, config, task, dropout_masks)
     files = weight_files(source, revision)
     with used_by_transformers(Path(source)), reading(source):
         model = model_class(config, dtype=dtype, seed=seed, _do_init=False)
@@ -105,13 +111,15 @@ def load(
     return model, params
 
 
-def _check_arguments(task: str, dtype: Any, new_modules: Sequence[str]) -> None:
-    if task not in TASKS:
+def _check_arguments(task: str, dtype: Any, new_modules: Sequence[str], dropout_masks: str) -> None:
+    if task not in tuple(TASKS):
         raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype such as float32 or bfloat16, got {dtype.name}")
     if isinstance(new_modules, str):
         raise ValueError(f"new_modules must be a sequence of names, got a string; write ({new_modules!r},)")
+    if dropout_masks not in hf_faults.DROPOUT_MASKS:
+        raise ValueError(f"dropout_masks must be one of {', '.join(hf_faults.DROPOUT_MASKS)}; got {dropout_masks!r}")
 
 
 def shapes(name_or_path: str | Path, task: str | None = None, *, revision: str | None = None) -> tuple[str, dict]:
@@ -194,7 +202,7 @@ def _config(source: str, revision: str | None, overrides: Mapping[str, Any]) -> 
     return config
 
 
-def _checked_class(transformers: ModuleType, config: Any, task: str) -> Any:
+def _checked_class(transformers: ModuleType, config: Any, task: str, dropout_masks: str = "torch") -> Any:
     """The Flax class, with its faults mended.
 
     Raises:
@@ -202,7 +210,7 @@ def _checked_class(transformers: ModuleType, config: Any, task: str) -> Any:
     """
     model_class = _model_class(transformers, config, task)
     hf_faults.check(config, task)
-    return hf_faults.mended(model_class)
+    return hf_faults.mended(model_class, dropout_masks)
 
 
 def _model_class(transformers: ModuleType, config: Any, task: str) -> Any:

@@ -7,7 +7,7 @@ class reads were compared with those the Flax class reads, and tiny models of bo
 import functools
 import inspect
 import math
-import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peanut_jax.models.families import FAMILIES
+from peanut_jax.models.hf_copies import Change, calls_attention_weights, masks_each_row, rebuilt
 
 # Values that Flax runs as PyTorch does, or a test of the configuration whose docstring describes them.
 Allowed = tuple[Any, ...] | Callable[[Any], bool]
@@ -129,6 +130,9 @@ ACTIVATION_FIELDS = (
 )
 """Fields that name an activation, of which Flax has fewer than PyTorch."""
 
+DROPOUT_MASKS = ("torch", "flax")
+"""How attention dropout draws: a mask for each row and head, or one for all of them."""
+
 COMPOSITES = ("encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder", "vision-text-dual-encoder")
 
 
@@ -178,14 +182,23 @@ def _faults(config: Any, task: str) -> list[str]:
     return faults
 
 
-def mended(model_class: Any) -> Any:
-    """The Flax class without three faults that are in its code, whatever the configuration.
+def mended(model_class: Any, dropout_masks: str = "torch") -> Any:
+    """The Flax class without four faults that are in its code, whatever the configuration.
 
+    Flax's attention draws one dropout mask for all rows and heads of a batch, where PyTorch draws one for each.
     FlaxElectra* default `token_type_ids` to ones, where PyTorch's ELECTRA and every other class take zeros.
     FlaxDinov2* resize position embeddings with another cubic kernel than PyTorch: sizes that need it are refused.
-    FlaxT5* and FlaxLongT5* call `jnp.clip(a_max=)`, which JAX has dropped, so that they cannot run at all. Their
-    method is replaced in place, as nothing can reach it from outside: it is called by the modules themselves.
+    FlaxT5* and FlaxLongT5* call `jnp.clip(a_max=)`, which JAX has dropped, so that they cannot run at all.
+
+    Args:
+        dropout_masks: One of `DROPOUT_MASKS`; "flax" leaves the first as it is.
     """
+    changes: tuple[Change, ...] = ()
+    if "T5" in model_class.__name__ and "a_max" not in inspect.signature(jnp.clip).parameters:
+        changes += (clips_by_max,)
+    if dropout_masks == "torch" and calls_attention_weights(model_class):
+        changes += (masks_each_row,)
+    model_class = rebuilt(model_class, changes) if changes else model_class
     name, call = model_class.__name__, model_class.__call__
 
     @functools.wraps(call)
@@ -203,11 +216,14 @@ def mended(model_class: Any) -> Any:
     if name.startswith(("FlaxElectra", "FlaxDinov2")):
         body = {"__call__": electra if "Electra" in name else dinov2, "__module__": model_class.__module__}
         return type(name, (model_class,), body)
-    if "T5" in name and "a_max" not in inspect.signature(jnp.clip).parameters:
-        for part in vars(sys.modules[model_class.module_class.__module__]).values():
-            if hasattr(part, "_relative_position_bucket"):
-                part._relative_position_bucket = staticmethod(_relative_position_bucket)
     return model_class
+
+
+def clips_by_max(copy: types.ModuleType) -> None:
+    """Gives T5's attention a bucket of positions that runs without `jnp.clip(a_max=)`."""
+    for part in vars(copy).values():
+        if hasattr(part, "_relative_position_bucket"):
+            part._relative_position_bucket = staticmethod(_relative_position_bucket)
 
 
 def _relative_position_bucket(

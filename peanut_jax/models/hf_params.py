@@ -3,7 +3,7 @@
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from peanut_jax.files.hub import Tensors
 from peanut_jax.files.safetensors import finite
 from peanut_jax.files.torch_checkpoint import HEAD
-from peanut_jax.models import hf_faults
+from peanut_jax.models import hf_faults, hf_init
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +173,25 @@ def _within(modules: Iterable[str], shapes: Mapping[Keys, Any]) -> set[Keys]:
 
 
 def _draw(model: Any, paths: Collection[Keys], seed: int) -> dict[Keys, jax.Array]:
-    """Initial values at `paths`; under jit, so that XLA drops every other parameter's."""
+    """Initial values at `paths`, as PyTorch's class draws them."""
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(model.params_shape_tree).items()}
+    key, drawn, rest = jax.random.key(seed), {}, []
+    for path in sorted(paths):
+        if draw := hf_init.draw_of(model.config, path, shapes):
+            drawn[path] = draw(hf_init.key_of(key, path), shapes[path]).astype(model.dtype)
+        else:
+            rest.append(path)
+    return drawn | (_draw_as_flax(model, rest, key) if rest else {})
+
+
+def _draw_as_flax(model: Any, paths: Sequence[Keys], key: jax.Array) -> dict[Keys, jax.Array]:
+    """What Flax's class writes at `paths`; under jit, so that XLA drops every other parameter's."""
 
     def draw(key: jax.Array) -> list[jax.Array]:
         fresh = flatten_dict(model.init_weights(key, model.input_shape))
-        return [fresh[path].astype(model.dtype) for path in order]
+        return [fresh[path].astype(model.dtype) for path in paths]
 
-    order = sorted(paths)
-    return dict(zip(order, jax.jit(draw)(jax.random.key(seed)), strict=True)) if order else {}
+    return dict(zip(paths, jax.jit(draw)(key), strict=True))
 
 
 def _name(model: Any) -> str:

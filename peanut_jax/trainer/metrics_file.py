@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peanut_jax.files.atomic import write_text
+from peanut_jax.files.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,7 @@ def _row(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not an object with a step and numbers.
     """
-    try:
-        row = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"it must hold an object, found {type(row).__name__}")
+    row = parse_json(text, "the line")
     step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
         raise ValueError("it has no step")
