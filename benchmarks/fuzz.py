@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.damage import damaged
+from benchmarks.fuzz_runs import runs
 from benchmarks.fuzz_subjects import Subject, subjects
 
 EXPECTED = (ValueError, NotImplementedError, OSError)
@@ -58,7 +59,8 @@ class Case:
 
 def run(cases: range, folder: Path, seed: int = 0, subject: str = "") -> Iterator[Case]:
     """Runs the cases of these numbers on the subjects whose names hold `subject`, which are made in `folder`."""
-    made = [one for one in subjects(folder / "whole") if subject in one.name]
+    whole = folder / "whole"
+    made = [one for one in (*subjects(whole), *runs(whole)) if subject in one.name]
     for number in cases:
         draw = random.Random(f"{seed} {number}")
         yield _one(number, draw.choice(made), draw, folder / "case")
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--subject", default="", metavar="NAME", help="subjects whose names hold this, alone")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this case alone, with its traceback")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     cases = range(args.cases) if args.only is None else range(args.only, args.only + 1)
     count: collections.Counter[str] = collections.Counter()

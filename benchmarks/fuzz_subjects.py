@@ -63,7 +63,7 @@ def _bases(folder: Path, llama: Path, bert: Path) -> list[Subject]:
         return load_decoder(path, "float32")[1]
 
     return [
-        Subject("decoder", llama, ("config.json", "model.safetensors"), load_llama),
+        Subject("decoder", llama, ("config.json", "generation_config.json", "model.safetensors"), load_llama),
         Subject("decoder in shards", sharded, _files(sharded), load_llama),
         Subject("encoder", bert, ("config.json", "model.safetensors"), load_bert),
         Subject("encoder of Flax", flax, ("config.json", "flax_model.msgpack"), load_bert),

@@ -7,7 +7,7 @@ from typing import Any
 
 # Characters of a value, and of a whole message.
 VALUE, MESSAGE = 80, 500
-_ITEMS, _DEPTH = 6, 3
+_ITEMS, _DEPTH = 8, 3
 
 
 def short(value: Any, limit: int = VALUE) -> str:

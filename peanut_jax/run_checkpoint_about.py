@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from peanut_jax.files.atomic import write_text
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.run_checkpoint_leaves import ABSENT
 
 ABOUT = "about.json"

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, PyTree, UInt32
 
 from peanut_jax.base.digest import SEEDS, position_weights
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.training import TrainState
 
 ARRAYS, NOTE = "state", "note"

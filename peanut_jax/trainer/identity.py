@@ -12,7 +12,7 @@ from peanut_jax.base.select import saved_paths, select
 from peanut_jax.base.torch_names import slots
 from peanut_jax.base.whole import digests
 from peanut_jax.files.atomic import write_text
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.run_checkpoints import ABOUT, differences
 from peanut_jax.trainer.config import Run, binding
 from peanut_jax.trainer.rows import earlier_identity, identity

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import peanut_jax as pj
 from peanut_jax.files.atomic import write_text
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 

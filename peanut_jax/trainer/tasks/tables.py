@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from peanut_jax.messages import short
+
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 # What damaged files were seen to raise in datasets, pandas and pyarrow.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
@@ -33,7 +35,7 @@ def read_table(source: str, columns: list[str]) -> datasets.Dataset:
     path = Path(source)
     table = _read_file(path) if path.suffix in _READERS else _read_hub(source)
     if absent := [name for name in columns if name not in table.column_names]:
-        raise ValueError(f"{source} has no column {absent[0]!r}, only {', '.join(table.column_names)}")
+        raise ValueError(f"{source} has no column {absent[0]!r}, only {short(table.column_names, 200)}")
     return table.select_columns(columns)
 
 
