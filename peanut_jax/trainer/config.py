@@ -206,12 +206,22 @@ class Run:
             )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, with the kinds of task and adapter, as JSON gives it back; `loop.best_mode` is never None."""
+        """Every field, with the kinds of task and adapter, as JSON gives it back; `loop.best_mode` is never None.
+
+        Raises:
+            ValueError: a field that JSON cannot hold.
+        """
         kinds = {"task": type(self.task).__name__, "adapter": type(self.adapter).__name__}
         content = dataclasses.asdict(self)
         content["loop"]["best_mode"] = self.best_mode  # as runs of earlier versions have it
         content["rules"] = self.rules and [[pattern, str(spec)] for pattern, spec in self.rules]
-        return json.loads(json.dumps({**content, **{n: {"kind": kind, **content[n]} for n, kind in kinds.items()}}))
+        content |= {name: {"kind": kind, **content[name]} for name, kind in kinds.items()}
+        try:
+            return json.loads(json.dumps(content))
+        except TypeError as error:
+            raise ValueError(
+                f"every field of the config must be one that JSON can hold, for run.json: {error}"
+            ) from error
 
     def identity(self) -> dict[str, Any]:
         """The fields that a resume must share; see `binding`."""

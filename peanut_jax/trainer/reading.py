@@ -61,7 +61,8 @@ def read_for(folder: Path, path: Path | None, changes: Sequence[str], *, resume:
     plain = _from_file(path)
     run = _changed(plain, merged, path, told=changes)
     hidden = {name: None for changed in _fields(merged) for name in (changed, EXCLUSIVE.get(changed, changed))}
-    under = {name: _get(plain.as_json(), name) for name in hidden}
+    content = plain.as_json()
+    under = {name: _get(content, name) for name in hidden}
     if earlier:
         _tell_edits(path, earlier, under, merged, changes)
     return run, Origin(str(path.absolute()), merged, under)

@@ -40,7 +40,7 @@ def test_layouts_order_and_collections():
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.large)])
 def test_what_xla_adds_up_is_what_numpy_does(kind, monkeypatch):
     """Sharded over both axes of a mesh, for leaves of every kind and rank."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)

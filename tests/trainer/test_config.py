@@ -85,6 +85,12 @@ def test_a_task_that_is_none_is_refused():
         Run(task={"model": "m"}, adapter=pj.LoraConfig(task_type="SEQ_CLS"), loop=Loop(steps=1))
 
 
+def test_fields_that_json_cannot_hold_are_refused():
+    task = Classification(model=Path("m"), train="t")
+    with pytest.raises(ValueError, match=r"one that JSON can hold, for run\.json: Object of type \w+ is not JSON"):
+        Run(task=task, adapter=pj.LoraConfig(task_type="SEQ_CLS"), loop=Loop(steps=1)).as_json()
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -260,6 +260,7 @@ def test_a_damaged_run_json_stops_no_resume(copy, resume):
     assert described(copy)["config"]["task"]["scale"] == 0.5
 
 
+@pytest.mark.large
 def test_without_its_copy_a_run_goes_on_from_what_is_beside_the_checkpoints(copy, resume):
     for name in ("run.json", ".run.json.copy"):
         (copy / "run" / name).write_bytes(DEEP)
@@ -312,6 +313,7 @@ def test_neither_says_what_the_checkpoints_are_of(copy, resume):
     assert "restore one of the two from a backup, or start in another folder" in told.splitlines()[-1]
 
 
+@pytest.mark.large
 def test_damaged_metrics_stop_no_resume(copy, resume, monkeypatch):
     path = copy / "run/metrics.jsonl"
     lines = path.read_bytes().split(b"\n")

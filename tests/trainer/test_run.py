@@ -208,7 +208,11 @@ def test_a_resume_with_other_data(run, whole, tiny):
         data.write_text(kept)
 
 
-@pytest.mark.parametrize("module", ["layers.1.self_attn.q_proj", "layers.0.self_attn.o_proj", "embed_tokens", "norm"])
+@pytest.mark.parametrize(
+    "module",
+    ["layers.1.self_attn.q_proj", "embed_tokens"]
+    + [pytest.param(name, marks=pytest.mark.large) for name in ("layers.0.self_attn.o_proj", "norm")],
+)
 def test_a_resume_with_another_base(run, whole, tiny, module):
     """The same path, with other weights in it, of adapted kernels and of what is not adapted."""
     model = tiny / "model" / "model.safetensors"
