@@ -6,7 +6,6 @@ their torch counterparts, so that target lists and regular expressions carry ove
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -15,7 +14,9 @@ from jaxtyping import Array, PyTree
 
 from peanut_jax.architectures import default_targets, is_output_head
 from peanut_jax.base.kernels import Kernel, Leaf, find, flatten, module_of
-from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, AdapterConfig
+from peanut_jax.messages import short
+from peanut_jax.methods.base import ALL_LINEAR, LAYERS_FORM, TASK_HEADS, AdapterConfig
+from peanut_jax.patterns import matching
 
 _KINDS = {"embedding": "Embed", "scale": "LayerNorm", "kernel": "Conv"}
 
@@ -88,8 +89,8 @@ def select(params: PyTree, config: AdapterConfig) -> dict[str, Target]:
         chosen = [module for module in chosen if module not in excluded]
     if not chosen:
         raise ValueError(
-            f"target_modules={names!r} leaves no kernel once exclude_modules={config.exclude_modules!r} and "
-            f"modules_to_save={list(saved)!r} are taken out"
+            f"target_modules={short(names)} leaves no kernel once exclude_modules={short(config.exclude_modules)} and "
+            f"modules_to_save={short(list(saved))} are taken out"
         )
     for module in chosen:
         dtype = flat[kernels[module].path].dtype
@@ -139,16 +140,16 @@ def _matching(
 ) -> list[str]:
     """The modules that `names` selects, each entry of a list at least one. `kernels` narrows what an error suggests."""
     if isinstance(names, str):
-        found = [module for module in modules if re.fullmatch(names, module)]
-        if not found:
-            raise ValueError(f"{field}={names!r} (a regular expression) matched none of {len(modules)} modules")
-        return found
-    chosen = set()
+        matched = matching(field, [names], modules)
+        if not matched:
+            raise ValueError(f"{field}={short(names)} (a regular expression) matched none of {len(modules)} modules")
+        return list(matched)
+    chosen: set[str] = set()
     for name in names:
         found = [module for module in modules if module == name or module.endswith(f".{name}")]
         if not found:
             known, noun = (modules, "modules") if kernels is None else (list(kernels), "kernels")
-            raise ValueError(f"{field} entry {name!r} matched none of {len(known)} {noun}{_closest(name, known)}")
+            raise ValueError(f"{field} entry {short(name)} matched none of {len(known)} {noun}{_closest(name, known)}")
         chosen.update(found)
     return [module for module in modules if module in chosen]
 
@@ -181,10 +182,11 @@ def _layers(kernels: Sequence[Kernel], config: AdapterConfig) -> list[Target]:
     wanted = (wanted,) if isinstance(wanted, int) else tuple(sorted(set(wanted)))
     patterns = config.layers_pattern or r"[^.]*"
     patterns = (patterns,) if isinstance(patterns, str) else patterns
+    numbered = matching("layers_pattern", patterns, [kernel.module for kernel in kernels], LAYERS_FORM)
     kept, available = [], set()
     for kernel in kernels:
-        index = _layer_index(kernel.module, patterns)
-        if index is not None:
+        if kernel.module in numbered:
+            index = int(numbered[kernel.module][1]["layer"])
             available.add(index)
             if index in wanted:
                 kept.append(Target(kernel))
@@ -195,15 +197,7 @@ def _layers(kernels: Sequence[Kernel], config: AdapterConfig) -> list[Target]:
     if missing:
         have = f"layers 0 to {max(available)}" if available else "no numbered layer"
         raise ValueError(
-            f"layers_to_transform={list(wanted)}: layers {missing} match no target; the targets have {have} "
-            f"(layers_pattern={config.layers_pattern!r})"
+            f"layers_to_transform={short(list(wanted))}: layers {short(missing)} match no target; the targets have "
+            f"{have} (layers_pattern={short(config.layers_pattern)})"
         )
     return [target for target in kept if target.rows != ()]
-
-
-def _layer_index(module: str, patterns: Sequence[str]) -> int | None:
-    for pattern in patterns:
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", module)
-        if match:
-            return int(match["index"])
-    return None

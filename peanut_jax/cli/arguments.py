@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.files.hub import read_json
+from peanut_jax.files.untrusted import read_json
 from peanut_jax.interop import peft_folder
 from peanut_jax.methods.base import ALL_LINEAR, Method
 from peanut_jax.methods.peanut import PeanutConfig

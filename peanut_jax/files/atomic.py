@@ -36,8 +36,7 @@ def replacing_entries(folder: Path) -> Iterator[Path]:
 
     Everything else in `folder` stays, and after an error all of it does.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with _parents(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         yield Path(scratch)
         folder.mkdir(exist_ok=True)
         for item in Path(scratch).iterdir():
@@ -91,9 +90,14 @@ def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     Raises:
         FileExistsError: the folder exists and is not empty, and `overwrite` is false or it lacks the marker.
     """
-    path = Path(path).resolve()
+    path = resolved(path)
     refuse_filled(path, overwrite, marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _parents(path), _appearing(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
@@ -119,12 +123,38 @@ def new_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The folders that `path` is to lie in; those that were made for it go again after an error."""
+    made = [one for one in path.parents if not one.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            with contextlib.suppress(OSError):  # not empty: something else was put there meanwhile
+                one.rmdir()
+        raise
+
+
 def check_apart(folder: Path, *sources: Path) -> None:
     """Refuses an output folder that is, holds or lies in one of the folders that are read."""
-    folder = folder.resolve()
-    for source in (one.resolve() for one in sources):
+    folder = resolved(folder)
+    for source in map(resolved, sources):
         if source == folder or source in folder.parents or folder in source.parents:
             raise ValueError(f"the output folder {folder} and {source}, which is read, must lie apart")
+
+
+def resolved(path: Path) -> Path:
+    """The path without links.
+
+    Raises:
+        OSError: links that lead in a circle.
+    """
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:  # an OSError from Python 3.13 on
+        raise OSError(errno.ELOOP, "links that lead in a circle", str(path)) from error
 
 
 def _sync(path: Path) -> None:

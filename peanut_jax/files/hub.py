@@ -4,17 +4,19 @@ Pickle files are never read.
 """
 
 import glob
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
-from peanut_jax.files.safetensors import open_safetensors
+from peanut_jax.files.safetensors import open_safetensors, read_header
+from peanut_jax.files.untrusted import COUNT, OBJECT, read_json, short_error, typed
+from peanut_jax.messages import reading, short
 
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,6 +37,13 @@ NOT_FETCHED = (
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 Tensors = dict[str, np.ndarray]
+# Bytes of a file's name on the systems that there are.
+_MAX_NAME = 255
+# What flax and msgpack raise over bytes that are not theirs; flax looks into what it unpacked without asking.
+_MSGPACK_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OverflowError, RecursionError,
+    msgpack.UnpackException,
+)  # fmt: skip
 
 
 def find(source: str, filename: str, revision: str | None) -> Path | None:
@@ -103,24 +112,6 @@ def _in_shards(folder: Path) -> list[str]:
     return sorted(set(read_index(index)["weight_map"].values()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return content
-
-
 def weight_files(source: str, revision: str | None) -> list[Path]:
     """The file or the shards to read."""
     for filename in WEIGHTS:
@@ -129,7 +120,7 @@ def weight_files(source: str, revision: str | None) -> list[Path]:
         if index := find(source, f"{filename}.index.json", revision):
             return _shards(source, index, revision)
     folder = Path(source)
-    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir()))})" if folder.is_dir() else ""
+    there = f" (only {', '.join(sorted(file.name for file in folder.iterdir())):.200})" if folder.is_dir() else ""
     raise FileNotFoundError(
         f"{source!r} has no {' or '.join(WEIGHTS)}, whole or in shards{there}. Pickle files (.bin) are never "
         "read: convert them once where PyTorch is installed, with "
@@ -141,22 +132,32 @@ def _shards(source: str, index: Path, revision: str | None) -> list[Path]:
     names = set(read_index(index)["weight_map"].values())
     files = {name: find(source, name, revision) for name in sorted(names)}
     if absent := [name for name, path in files.items() if path is None]:
-        raise FileNotFoundError(f"{index} lists {', '.join(absent)}, which is missing; fetch it again")
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise FileNotFoundError(f"{index} lists {absent[0]}{more}, which is missing; fetch it again")
     return [path for path in files.values() if path]
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a checkpoint in shards.
+    """The index of a checkpoint in shards: `weight_map`, and `metadata` with the `total_size`.
 
     Raises:
-        ValueError: no weight_map, or one that leads out of the folder.
+        ValueError: no weight_map, or one that leads out of the folder; metadata of another form.
     """
-    index = read_json(path)
-    weight_map = index.get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"{path} must hold a weight_map from tensor names to files beside it")
+    with reading(path):
+        index = read_json(path)
+        weight_map = index.get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(_is_file_name(name) for name in weight_map.values())
+        ):
+            raise ValueError("it must hold a weight_map from tensor names to files beside it")
+        typed(typed(index, "metadata", OBJECT, {}), "total_size", COUNT)
     return index
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name and len(name) <= _MAX_NAME
 
 
 def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:
@@ -165,19 +166,23 @@ def read_weights(files: Sequence[Path]) -> tuple[Tensors, bool]:
     for path in files:
         content, kind = _read_safetensors(path) if path.suffix == ".safetensors" else _read_msgpack(path)
         if kind not in ("pt", "flax"):
-            raise ValueError(f"{path} was saved by {kind!r}; only 'pt' (PyTorch) and 'flax' can be read")
+            raise ValueError(f"{path} was saved by {short(kind)}; only 'pt' (PyTorch) and 'flax' can be read")
         tensors |= content
     return tensors, kind == "flax"
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, str]:
+    kind = read_header(path).metadata.get("format", "pt")
     with open_safetensors(path) as file:
-        names, kind = file.keys(), (file.metadata() or {}).get("format", "pt")
+        names = file.keys()
         return {name: file.get_tensor(name) for name in names}, kind
 
 
 def _read_msgpack(path: Path) -> tuple[Tensors, str]:
     try:
-        return flatten_dict(msgpack_restore(path.read_bytes()), sep="."), "flax"
-    except ValueError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+        content = flatten_dict(msgpack_restore(path.read_bytes()), sep=".")
+    except _MSGPACK_ERRORS as error:
+        raise ValueError(f"{path} is truncated or corrupt ({short_error(error)}); fetch it again") from error
+    if odd := next((name for name, leaf in content.items() if not isinstance(leaf, np.ndarray)), None):
+        raise ValueError(f"{path} holds {short(content[odd])} at {short(odd)}, not an array; fetch it again")
+    return content, "flax"

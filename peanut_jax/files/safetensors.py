@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peanut_jax.files.atomic import replacing
+from peanut_jax.files.untrusted import TEXT_TO_TEXT, parse_json, short_error, typed
+from peanut_jax.messages import reading, short
 
 # Tensors of other dtypes (quantised ones) are copied but not read.
 _DTYPES = {
@@ -23,6 +25,9 @@ _DTYPES = {
     "BF16": jnp.dtype(jnp.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
+# Bounds that no model comes near: characters of a tensor's name, and elements along an axis.
+_MAX_NAME, _MAX_SIDE = 1000, 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from error
+        raise ValueError(f"{path} is truncated or corrupt ({short_error(error)}); fetch it again") from error
 
 
 def read_header(path: Path) -> Header:
@@ -63,15 +68,20 @@ def read_header(path: Path) -> Header:
     """
     with open_safetensors(path):
         pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        content = json.loads(file.read(length))
-    metadata = content.pop("__metadata__", {})
-    entries = {
-        name: Entry(path, field["dtype"], tuple(field["shape"]), *field["data_offsets"])
-        for name, field in content.items()
-    }
-    return Header(entries, metadata, 8 + length)
+    with reading(path):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            content = parse_json(file.read(length), f"the header of {path}")
+        metadata = typed(content, _METADATA, TEXT_TO_TEXT, {})
+        content.pop(_METADATA, None)
+        return Header({name: _entry(path, name, part) for name, part in content.items()}, metadata, 8 + length)
+
+
+def _entry(path: Path, name: str, part: Any) -> Entry:
+    """One tensor's part of a header, whose offsets and types the library has compared with the file."""
+    if len(name) > _MAX_NAME or max(part["shape"], default=0) > _MAX_SIDE:
+        raise ValueError(f"tensor {short(name)} of shape {short(part['shape'])} is not one of a model")
+    return Entry(path, part["dtype"], tuple(part["shape"]), *part["data_offsets"])
 
 
 def read_entry(entry: Entry, name: str, data: int) -> np.ndarray:
@@ -93,7 +103,7 @@ def dtype_of(code: str, name: str) -> np.dtype:
         ValueError: a dtype that is not floating point.
     """
     if code not in _DTYPES:
-        raise ValueError(f"{name!r} has dtype {code}: quantised weights cannot be read; dequantise them first")
+        raise ValueError(f"{short(name)} has dtype {code}: quantised weights cannot be read; dequantise them first")
     return _DTYPES[code]
 
 

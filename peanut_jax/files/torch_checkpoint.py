@@ -1,12 +1,15 @@
 """A Hugging Face checkpoint in PyTorch's safetensors, read one tensor at a time, and an adapter's place in it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, read_json, weight_files
+from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, weight_files
 from peanut_jax.files.safetensors import Entry, Header, read_entry, read_header
+from peanut_jax.files.untrusted import FLAG, read_json, typed
+from peanut_jax.messages import reading
 
 # Written beside merged weights: reading them as a base again would apply an adapter to the wrong kernels.
 MERGED_FILE = "peanut_jax_merged.json"
@@ -58,6 +61,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if files[0].suffix != ".safetensors":
         raise ValueError(f"{files[0]} is Flax's own format; a PyTorch checkpoint in safetensors is needed here")
     headers = {file: read_header(file) for file in files}
+    with reading(folder):
+        return Checkpoint(folder, headers, _entries(folder, headers))
+
+
+def _entries(folder: Path, headers: Mapping[Path, Header]) -> dict[str, Entry]:
+    """Every tensor by its name, as the files and the index agree."""
     entries: dict[str, Entry] = {}
     for file, header in headers.items():
         if header.metadata.get("format", "pt") != "pt":
@@ -77,7 +86,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         if wrong or len(weight_map) != len(entries):
             first = wrong[0] if wrong else next(name for name in entries if name not in weight_map)
             raise ValueError(f"{index} and the shards disagree about {first!r}; fetch them again")
-    return Checkpoint(folder, headers, entries)
+    return entries
 
 
 def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
@@ -91,7 +100,10 @@ def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
             config.json ties to an embedding from which it differs.
     """
     checkpoint = open_checkpoint(source)
-    if read_json(checkpoint.folder / "config.json").get("tie_word_embeddings") is True:
+    path = checkpoint.folder / "config.json"
+    with reading(path):
+        tied = typed(read_json(path), "tie_word_embeddings", FLAG, False)
+    if tied:
         check_tied_head(checkpoint)
     if (checkpoint.folder / MERGED_FILE).is_file() and not fingerprinted:
         raise ValueError(

@@ -20,7 +20,7 @@ from peanut_jax.files.safetensors import copy_file, write_entry
 from peanut_jax.files.torch_checkpoint import MERGED_FILE, Checkpoint, open_base
 from peanut_jax.interop import fingerprint
 from peanut_jax.interop.lora import Track, tensor_update
-from peanut_jax.interop.merged_files import copy_others, write_config, write_index
+from peanut_jax.interop.merged_files import check_others, copy_others, write_config, write_index
 from peanut_jax.interop.merged_saved import saved_tensors
 from peanut_jax.interop.peft import by_module, from_tree
 from peanut_jax.interop.peft_folder import ModuleAdapters, read
@@ -126,6 +126,7 @@ def _export(
     fingerprinted = all(adapter.fingerprint for adapter in adapters.values())
     checkpoint = open_base(source, fingerprinted or not check_base)
     check_apart(Path(folder), checkpoint.folder)
+    check_others(checkpoint)
     places = {name: locate(checkpoint, adapter) for name, adapter in adapters.items()}
     replaced, added, rename = saved_tensors(checkpoint, adapters, places)
     uses: dict[str, list[tuple[str, str]]] = {}

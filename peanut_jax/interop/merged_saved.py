@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from peanut_jax.files.hub import read_json
 from peanut_jax.files.safetensors import dtype_of, finite
 from peanut_jax.files.torch_checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from peanut_jax.files.untrusted import FLAG, read_json, typed
 from peanut_jax.interop.peft_folder import ModuleAdapters
 from peanut_jax.interop.places import Places
+from peanut_jax.messages import reading
 
 
 def saved_tensors(
@@ -57,8 +58,10 @@ def saved_tensors(
 
 def _check_tied(checkpoint: Checkpoint, name: str, adapter: ModuleAdapters, place: Places) -> None:
     """Refuses to change one of two tied matrices, which whoever loads the result would tie again."""
-    if not read_json(checkpoint.folder / "config.json").get("tie_word_embeddings", HEAD not in checkpoint.entries):
-        return
+    path = checkpoint.folder / "config.json"
+    with reading(path):
+        if not typed(read_json(path), "tie_word_embeddings", FLAG, HEAD not in checkpoint.entries):
+            return
     changed = [
         *(f"saves {one!r}" for one in adapter.saved if one == HEAD),
         *(f"saves {one!r}" for one in adapter.saved if one.endswith(EMBEDDINGS) and adapter.base_dtype is None),

@@ -23,6 +23,7 @@ from peanut_jax.base.select import Target, saved_paths, select
 from peanut_jax.interop import fingerprint, peft_folder
 from peanut_jax.interop.peft_folder import ModuleAdapters, read, write
 from peanut_jax.interop.peft_selection import check_modules, flax_saving, flax_selection, torch_saving, torch_selection
+from peanut_jax.messages import reading
 from peanut_jax.methods.base import Method
 
 
@@ -78,7 +79,8 @@ def load_adapter(folder: str | Path, params: PyTree, *, check_base: bool = True)
         ValueError: a file, a config or tensors that cannot be read or do not fit `params`; another base.
     """
     loaded = read(folder)
-    adapters, config = to_tree(loaded, params)
+    with reading(folder):
+        adapters, config = to_tree(loaded, params)
     if check_base and config.READS_BASE:
         fingerprint.note_absence(loaded.fingerprint, str(folder))
         if loaded.fingerprint:

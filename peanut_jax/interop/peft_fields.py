@@ -1,12 +1,14 @@
 """The fields of an adapter_config.json: from a config of ours, and back."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peanut_jax.files.untrusted import OBJECT, typed
 from peanut_jax.interop.peft_types import PeftType, type_named
+from peanut_jax.messages import short
 from peanut_jax.methods.base import TASK_HEADS, Method
+from peanut_jax.patterns import matching
 
 # Fields of PEFT 0.21.2's configs that say how a base is found or training starts, and nothing about the function.
 _BOOKKEEPING = {
@@ -21,6 +23,9 @@ _LORA_BOOKKEEPING = {
 
 # Fields of ours that say how a Flax tree is read, which the shapes of an adapter's tensors tell too.
 _NOT_IN_FILES = {"kernel_axes"}
+
+# Of a rank or an alpha: beyond it no scaling fits float32.
+_LARGEST = 2.0**128
 
 # LoRA initialisations that leave the base's weights as they are; the others train on another base than the one on disk.
 _PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -39,8 +44,8 @@ def config_of(fields: Mapping[str, Any]) -> Method:
     if row.is_lora:
         if fields.get("init_lora_weights") not in _PLAIN_LORA_INITS:
             raise ValueError(
-                f"init_lora_weights={fields['init_lora_weights']!r} trains on a changed base; convert the adapter in "
-                "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
+                f"init_lora_weights={short(fields['init_lora_weights'])} trains on a changed base; convert the adapter "
+                "in PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         given["dropout"] = fields.get("lora_dropout", given.get("dropout", 0.0))
         given["scaling"] = _lora_scaling(fields, fields.get("r"), fields.get("lora_alpha", 8))
@@ -55,7 +60,8 @@ def config_of(fields: Mapping[str, Any]) -> Method:
 def _check_known(fields: Mapping[str, Any], known: set[str]) -> None:
     for name, value in fields.items():
         if name not in known and value not in (None, False, [], {}, "none"):
-            raise ValueError(f"{name}={value!r} is not supported: the adapter would be another function without it")
+            given = f"{short(name, 40)[1:-1]}={short(value)}"
+            raise ValueError(f"{given} is not supported: the adapter would be another function without it")
 
 
 def fields_of(config: Method, row: PeftType) -> dict[str, Any]:
@@ -86,28 +92,34 @@ def fields_of(config: Method, row: PeftType) -> dict[str, Any]:
 
 def _lora_scaling(fields: Mapping[str, Any], r: Any, alpha: Any) -> float:
     for name, value in (("r", r), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
+            raise ValueError(f"{name} must be a number above 0, got {short(value)}")
     return alpha / r**0.5 if fields.get("use_rslora") else alpha / r
 
 
-def own_fields(module: str, config: Method, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Rank and scaling of a module, where LoRA's patterns make them other than the config's."""
+def own_fields(modules: Sequence[str], config: Method, fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rank and scaling of the modules for which LoRA's patterns make them other than the config's.
+
+    Raises:
+        ValueError: patterns that are not regular expressions, or values that are not ranks and alphas.
+    """
     if "lora_alpha" not in fields:
         return {}
     default = {"r": getattr(config, "r", None), "scaling": getattr(config, "scaling", None)}
-    r = _pattern(fields.get("rank_pattern"), module, default["r"])
-    alpha = _pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"])
-    own = {"r": r, "scaling": _lora_scaling(fields, r, alpha)}
-    return own if own != default else {}
+    ranks = _by_pattern("rank_pattern", fields, modules)
+    alphas = _by_pattern("alpha_pattern", fields, modules)
+    found = {}
+    for module in ranks.keys() | alphas.keys():
+        r, alpha = ranks.get(module, default["r"]), alphas.get(module, fields["lora_alpha"])
+        own = {"r": r, "scaling": _lora_scaling(fields, r, alpha)}
+        if own != default:
+            found[module] = own
+    return found
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the module's name, as PEFT reads rank_pattern."""
-    try:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-    except (AttributeError, re.error) as error:
-        raise ValueError(f"rank_pattern and alpha_pattern must map regular expressions, got {patterns!r}") from error
-    return default
+def _by_pattern(name: str, fields: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """Module -> value of the first pattern that matches the end of its name (peft 0.21.2, `get_pattern_key`)."""
+    patterns = typed(fields, name, OBJECT, {})
+    found = matching(name, list(patterns), modules, r"(?:|.*\.)(?:{})") if patterns else {}
+    values = list(patterns.values())
+    return {module: values[number] for module, (number, _) in found.items()}

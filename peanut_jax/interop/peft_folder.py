@@ -10,16 +10,22 @@ from typing import Any
 import numpy as np
 
 from peanut_jax.files.atomic import refuse_filled, replacing_entries, write_text
-from peanut_jax.files.hub import local_folder, read_json
+from peanut_jax.files.hub import local_folder
 from peanut_jax.files.safetensors import finite, read_tensors, write_tensors
+from peanut_jax.files.untrusted import TEXT_TO_TEXT, parse_json, read_json
 from peanut_jax.interop.peft_fields import config_of, fields_of, own_fields
 from peanut_jax.interop.peft_types import PeftType, type_named, type_of
+from peanut_jax.messages import reading, short
 from peanut_jax.methods.base import Method
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT_KEY = "peanut_jax.base_fingerprint"
 DTYPE_KEY = "peanut_jax.base_dtype"
+# Of the config: a list of 20,000 modules has 2 MB.
+_MAX_BYTES = 1 << 22
+# Of the number in a tensor's name.
+_MAX_DIGITS = 6
 
 # The tensors of HF's heads that have a row a label.
 _LOGITS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
@@ -102,24 +108,38 @@ def read(folder: str | Path) -> ModuleAdapters:
                 f"{folder} has no {name}.{pickle} save the adapter in PEFT with save_pretrained(folder)"
             )
     path = folder / CONFIG_FILE
-    fields = read_json(path)
-    try:
-        config = config_of(fields)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    with reading(path):
+        fields = read_json(path, _MAX_BYTES)
+        config, row = config_of(fields), type_named(fields)
     tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
-    try:
-        if broken := [name for name, tensor in tensors.items() if not finite(tensor)]:
-            raise ValueError(f"tensor {broken[0]!r} holds a NaN or an infinity")
-        thetas, kept = _thetas(tensors, type_named(fields), config)
+    with reading(folder / WEIGHTS_FILE):
+        _check_finite(tensors)
+        thetas, kept = _thetas(tensors, row, config)
         singled = _check_shapes(thetas, config, fields)
+        for module, theta in thetas.items():
+            _check_scaled(module, theta, dataclasses.replace(config, **singled.get(module, {})))
         prints = _fingerprint(metadata)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from error
-    dtype = metadata.get(DTYPE_KEY)
-    if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {DTYPE_KEY} is {dtype!r}, no floating dtype")
+        dtype = metadata.get(DTYPE_KEY)
+        if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
+            raise ValueError(f"{DTYPE_KEY} must be a floating dtype, got {short(dtype)}")
     return ModuleAdapters(config, thetas, kept, prints, dtype, singled)
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuses tensors that are not finite in float32, in which they are computed with."""
+    for name, tensor in tensors.items():
+        with np.errstate(over="ignore"):
+            if not finite(tensor if tensor.itemsize <= 4 else tensor.astype(np.float32)):
+                raise ValueError(f"tensor {short(name)} holds a NaN or an infinity")
+
+
+def _check_scaled(module: str, theta: Mapping[str, np.ndarray], config: Method) -> None:
+    """Refuses values that are beyond float32 once they are scaled."""
+    scaling = getattr(config, "scaling", 1.0)
+    limit = float(np.finfo(np.float32).max) / max(scaling, 1.0)
+    for leaf, array in theta.items():
+        if array.size and float(np.abs(array).max()) > limit:
+            raise ValueError(f"{leaf} of module {short(module)} is an infinity once scaling={scaling:g} multiplies it")
 
 
 def _thetas(
@@ -131,39 +151,45 @@ def _thetas(
     kept = {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
-            raise ValueError(f"tensor {name!r} does not begin with {PREFIX!r}, as every tensor of an adapter does")
-        short = name.removeprefix(PREFIX)
-        found = next(((leaf, match) for leaf, one in patterns.items() if (match := one.fullmatch(short))), None)
+            raise ValueError(f"tensor {short(name)} does not begin with {PREFIX!r}, as every tensor of an adapter does")
+        own = name.removeprefix(PREFIX)
+        found = next(((leaf, match) for leaf, one in patterns.items() if (match := one.fullmatch(own))), None)
         if found is None:
-            if re.search(r"(^|\.)(peanut|lora|nonlinear_lora)_", short):
+            if re.search(r"(^|\.)(peanut|lora|nonlinear_lora)_", own):
                 names = ", ".join(row.tensors.values()) or "none"
-                raise ValueError(f"tensor {name!r} is not one of a {row.name} adapter: {names}")
-            kept[short] = tensor
+                raise ValueError(f"tensor {short(name)} is not one of a {row.name} adapter: {names}")
+            kept[own] = tensor
             continue
         leaf, match = found
-        number = int(match["i"]) if "i" in match.groupdict() else None
+        number = _number(match["i"]) if "i" in match.groupdict() else None
         if leaf in leaves and tensor.ndim != len(leaves[leaf].axes) - (number is not None):
-            raise ValueError(f"tensor {name!r} of shape {tensor.shape} is not one of a {row.name} adapter")
+            raise ValueError(f"tensor {short(name)} of shape {short(tensor.shape)} is not one of a {row.name} adapter")
         module = parts.setdefault(match["module"], {}).setdefault(leaf, {})
         if number in module:
-            raise ValueError(f"tensor {name!r} is there twice, under two spellings of its number")
+            raise ValueError(f"tensor {short(name)} is there twice, under two spellings of its number")
         module[number] = tensor.T
     return {module: _theta(module, theta) for module, theta in parts.items()}, kept
 
 
 def _theta(module: str, parts: Mapping[str, Mapping[int | None, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One module's leaves in float32, the numbered ones stacked."""
     theta = {}
     for leaf, arrays in parts.items():
-        if None in arrays:
-            theta[leaf] = np.asarray(arrays[None], np.float32)
-            continue
         numbers = sorted(number for number in arrays if number is not None)
-        if numbers != list(range(len(arrays))):
-            raise ValueError(f"module {module!r} has the {leaf} {numbers}, one of them is missing")
+        if None not in arrays and numbers != list(range(len(arrays))):
+            raise ValueError(f"module {short(module)} has the {leaf} {short(numbers)}, one of them is missing")
         if len({array.shape for array in arrays.values()}) > 1:
-            raise ValueError(f"module {module!r} has {leaf} of different shapes")
-        theta[leaf] = np.stack([np.asarray(arrays[i], np.float32) for i in numbers])
+            raise ValueError(f"module {short(module)} has {leaf} of different shapes")
+        single = {number: np.asarray(array, np.float32) for number, array in arrays.items()}
+        theta[leaf] = single[None] if None in single else np.stack([single[i] for i in numbers])
     return theta
+
+
+def _number(digits: str) -> int:
+    """The number of an encoder or decoder."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an adapter has no {short(digits)} encoders")
+    return int(digits)
 
 
 def _check_shapes(
@@ -172,21 +198,18 @@ def _check_shapes(
     """Refuses thetas that are not the config's; the own fields of modules that LoRA's patterns single out."""
     if not thetas and config.ADAPTS_KERNELS:
         raise ValueError("no adapter tensors in it")
-    singled: dict[str, dict[str, Any]] = {}
+    singled = own_fields(list(thetas), config, fields)
     for module, theta in thetas.items():
-        own = own_fields(module, config, fields)
-        if own:
-            singled[module] = own
-        one = dataclasses.replace(config, **own)
+        one = dataclasses.replace(config, **singled.get(module, {}))
         leaves = one.leaves()
         if theta.keys() != leaves.keys():
             odd = sorted(theta.keys() ^ leaves.keys())
-            raise ValueError(f"module {module!r}: {odd[0]} is {'missing' if odd[0] in leaves else 'not expected'}")
+            raise ValueError(f"module {short(module)}: {odd[0]} is {'missing' if odd[0] in leaves else 'not expected'}")
         for leaf, shape in one.shapes(*sides(one, theta)).items():
             if theta[leaf].shape != shape:
                 words = dict.fromkeys(word for part in leaves.values() for word in part.axes if hasattr(one, word))
                 raise ValueError(
-                    f"module {module!r}: {leaf} is {theta[leaf].shape[::-1]} as stored, expected {shape[::-1]} "
+                    f"module {short(module)}: {leaf} is {theta[leaf].shape[::-1]} as stored, expected {shape[::-1]} "
                     f"for {', '.join(f'{word}={getattr(one, word)}' for word in words)}"
                 )
     return singled
@@ -203,16 +226,14 @@ def sides(config: Method, theta: Mapping[str, np.ndarray]) -> tuple[int, int]:
 
 
 def _fingerprint(metadata: Mapping[str, str]) -> dict[str, str]:
-    try:
-        found = json.loads(metadata.get(FINGERPRINT_KEY, "{}"))
-    except ValueError as error:
-        raise ValueError(f"the base fingerprint in its metadata is not JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("the base fingerprint in its metadata must map module names to digests")
+    what = "the base fingerprint in its metadata"
+    found = parse_json(metadata.get(FINGERPRINT_KEY, "{}"), what)
+    if not TEXT_TO_TEXT.fits(found):
+        raise ValueError(f"{what} must map module names to digests, got {short(found)}")
     return found
 
 
 def label_count(tensors: Mapping[str, np.ndarray]) -> int | None:
     """How many labels a saved classification head (torch tensor name -> array) has; None where there is no head."""
-    rows = [array.shape[0] for name, array in tensors.items() if name.endswith(_LOGITS)]
+    rows = [array.shape[0] for name, array in tensors.items() if array.ndim and name.endswith(_LOGITS)]
     return rows[0] if rows else None

@@ -7,7 +7,6 @@ adapter, and one that comes in must choose here those that PEFT meant.
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,39 +16,39 @@ from peanut_jax.base import torch_names as names
 from peanut_jax.base.kernels import Leaf, find, flatten, module_of
 from peanut_jax.base.select import saved_modules, select
 from peanut_jax.interop.peft_folder import CONFIG_FILE, WEIGHTS_FILE, ModuleAdapters
-from peanut_jax.methods.base import ALL_LINEAR, TASK_HEADS, Method
+from peanut_jax.messages import short
+from peanut_jax.methods.base import ALL_LINEAR, LAYERS_FORM, TASK_HEADS, Method
+from peanut_jax.patterns import matching
+
+# Characters of a name for which the closest is looked up.
+_COMPARED = 200
 
 
 def _selected(config: Method, modules: Iterable[str], saved_modules: Collection[str]) -> set[str]:
     """The modules that HF PEFT would adapt (peft 0.21.2, `check_target_module_exists` in `tuners/tuners_utils.py`)."""
+    assert config.target_modules is not None
+    everywhere = list(modules)
+    found = _listed("target_modules", config.target_modules, everywhere)
+    if config.exclude_modules is not None:
+        found -= _listed("exclude_modules", config.exclude_modules, everywhere)
+    found = {module for module in found if not any(f".{name}." in f".{module}." for name in saved_modules)}
+    if config.layers_to_transform is None or isinstance(config.target_modules, str):
+        return found
+    layers = config.layers_to_transform
+    wanted = (layers,) if isinstance(layers, int) else layers
+    patterns = config.layers_pattern or r"[^.]*"
+    # Without a pattern PEFT asks for a dot before the module that holds the layers.
+    form = r".*?\.(?:{})\.(?P<layer>\d+)\..*" if config.layers_pattern is None else LAYERS_FORM
+    numbers = matching("layers_pattern", (patterns,) if isinstance(patterns, str) else patterns, sorted(found), form)
+    return {module for module, (_, groups) in numbers.items() if int(groups["layer"]) in wanted}
 
-    def listed(field: str | Sequence[str], module: str) -> bool:
-        if isinstance(field, str):
-            return re.fullmatch(field, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in field)
 
-    def layer(module: str) -> int | None:
-        patterns = config.layers_pattern or r"[^.]*"
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            prefix = r".*?\." if config.layers_pattern is None else r"(?:^|.*?\.)"
-            if match := re.match(rf"{prefix}(?:{pattern})\.(\d+)\.", module):
-                return int(match[1])
-        return None
-
-    def adapted(module: str) -> bool:
-        assert config.target_modules is not None
-        if config.exclude_modules is not None and listed(config.exclude_modules, module):
-            return False
-        if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in saved_modules):
-            return False
-        if not listed(config.target_modules, module):
-            return False
-        if config.layers_to_transform is None or isinstance(config.target_modules, str):
-            return True
-        layers = config.layers_to_transform
-        return layer(module) in ((layers,) if isinstance(layers, int) else layers)
-
-    return {module for module in modules if adapted(module)}
+def _listed(field: str, names: str | Sequence[str], modules: Sequence[str]) -> set[str]:
+    """The modules that a list or a regular expression of PEFT's selects."""
+    if isinstance(names, str):
+        return set(matching(field, [names], modules))
+    ends = tuple(f".{name}" for name in names)
+    return {module for module in modules if f".{module}".endswith(ends)}
 
 
 def _heads(config: Method) -> tuple[str, ...]:
@@ -115,8 +114,8 @@ def torch_saving(config: Method, flat: Mapping[str, Leaf], modules: Mapping[str,
     by_name = dataclasses.replace(config, modules_to_save=tuple(sorted(wanted)))
     if more := sorted(_saved_by_peft(by_name, modules) - wanted):
         raise ValueError(
-            f"modules_to_save={config.modules_to_save} cannot be written for HF PEFT, which goes by the end of a name "
-            f"and would save {more[0]!r} too; give these modules other names, or save {more[0]!r} as well"
+            f"modules_to_save={short(config.modules_to_save)} cannot be written for HF PEFT, which goes by the end of "
+            f"a name and would save {more[0]!r} too; give these modules other names, or save {more[0]!r} as well"
         )
     return by_name
 
@@ -138,9 +137,9 @@ def check_modules(loaded: ModuleAdapters, everywhere: Collection[str]) -> None:
     """Refuses modules that the model does not have, and files without some that their config adapts."""
     extra = [module for module in loaded.thetas if module not in everywhere]
     if extra:
-        near = difflib.get_close_matches(extra[0], list(everywhere), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(extra[0][:_COMPARED], list(everywhere), n=1, cutoff=0.0)
         raise ValueError(
-            f"the adapter holds {len(extra)} modules that are no dense kernel of this model, first {extra[0]!r}"
+            f"the adapter holds {len(extra)} modules that are no dense kernel of this model, first {short(extra[0])}"
             f"{f'; closest: {near[0]!r}' if near else ''}. Load the model and task that it was trained on"
         )
     config = loaded.config

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from peanut_jax.messages import short
 from peanut_jax.methods.base import Method
 from peanut_jax.methods.dora import DoraConfig
 from peanut_jax.methods.lora import LoraConfig
@@ -87,4 +88,4 @@ def type_named(fields: Mapping[str, Any]) -> PeftType:
         if row.name == name and all(bool(fields.get(mark)) == value for mark, value in row.marks.items()):
             return row
     known = ", ".join(dict.fromkeys(row.name for row in TYPES))
-    raise ValueError(f"peft_type must be one of {known}, got {name!r}")
+    raise ValueError(f"peft_type must be one of {known}, got {short(name)}")

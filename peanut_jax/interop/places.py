@@ -9,6 +9,7 @@ from peanut_jax.base.kernels import Kernel
 from peanut_jax.base.torch_names import torch_kernels
 from peanut_jax.files.torch_checkpoint import Checkpoint
 from peanut_jax.interop.peft_folder import ModuleAdapters
+from peanut_jax.messages import reading
 from peanut_jax.methods.base import Method
 
 # What old checkpoints call the leaves of a LayerNorm.
@@ -44,6 +45,11 @@ def locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
     Raises:
         ValueError: a module that is not there, or whose weight does not have the shape that theta asks for.
     """
+    with reading(checkpoint.folder):
+        return _locate(checkpoint, adapter)
+
+
+def _locate(checkpoint: Checkpoint, adapter: ModuleAdapters) -> Places:
     modules, entries = list(adapter.thetas), checkpoint.entries
     if not modules:  # saved modules alone, which are called what the checkpoint calls them
         return Places({}, {}, {name: _saved_place(name, entries, "", "") for name in adapter.saved}, "")

@@ -15,10 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from peanut_jax.matrices import Matrix
+from peanut_jax.messages import short
 from peanut_jax.methods import fields
+from peanut_jax.patterns import check_pattern
 from peanut_jax.updates import KernelUpdate
 
 ALL_LINEAR = "all-linear"
+# What a `layers_pattern` is put into: it names the module that holds the layers, and the layer's number follows.
+LAYERS_FORM = r"(?:|.*?\.)(?:{})\.(?P<layer>\d+)\..*"
 # The heads that HF PEFT trains and saves on its own for a task (peft/peft_model.py, PeftModelFor*).
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -89,23 +93,24 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         self._set("dropout", fields.rate("dropout", self.dropout))
         if self.task_type is not None and self.task_type not in list(TASK_HEADS):
-            raise ValueError(f"task_type must be one of {sorted(TASK_HEADS)} or None, got {self.task_type!r}")
+            raise ValueError(f"task_type must be one of {sorted(TASK_HEADS)} or None, got {short(self.task_type)}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lower() != ALL_LINEAR:
-                fields.regex(name, value)
+                check_pattern(name, value)
             self._set(name, fields.names(name, value))
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}")
+            raise ValueError(f"modules_to_save must be a list of names, got the string {short(self.modules_to_save)}")
         for name in ("modules_to_save", "layers_pattern"):
             self._set(name, fields.names(name, getattr(self, name)))
         for pattern in (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            fields.regex("layers_pattern", pattern)
+            check_pattern("layers_pattern", pattern, LAYERS_FORM)
         self._set("layers_to_transform", fields.layers("layers_to_transform", self.layers_to_transform))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: say which layers to adapt"
+                f"layers_pattern={short(self.layers_pattern)} needs layers_to_transform: say which layers to adapt"
             )
+        fields.text("base_model_name_or_path", self.base_model_name_or_path)
         self._set("kernel_axes", fields.kernel_axes("kernel_axes", self.kernel_axes))
 
     def _set(self, name: str, value: Any) -> None:

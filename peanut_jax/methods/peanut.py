@@ -7,6 +7,7 @@ from typing import ClassVar
 from jaxtyping import Array, Float
 
 from peanut_jax.matrices import Matrix
+from peanut_jax.messages import short
 from peanut_jax.methods import fields, tweaker
 from peanut_jax.methods.activations import ACTIVATIONS
 from peanut_jax.methods.base import Leaf, RankMethod, uniform, zeros
@@ -50,8 +51,9 @@ class PeanutConfig(RankMethod):
         super().__post_init__()
         self._set("depth", fields.integer("depth", self.depth, minimum=0))
         fields.activation("act_fn", self.act_fn)
+        self._set("init_weights", fields.flag("init_weights", self.init_weights))
         if self.orientation not in ORIENTATIONS:
-            raise ValueError(f"orientation must be one of {ORIENTATIONS}, got {self.orientation!r}")
+            raise ValueError(f"orientation must be one of {ORIENTATIONS}, got {short(self.orientation)}")
 
     def leaves(self) -> dict[str, Leaf]:
         """A, B and the stacked encoders and decoders; A and B lie along the side that the network reads across."""

@@ -17,8 +17,11 @@ import jax.numpy as jnp
 
 from peanut_jax.base.kernels import flatten
 from peanut_jax.base.origin import note
-from peanut_jax.files.hub import find, read_json, read_weights, weight_files
+from peanut_jax.files.hub import find, read_weights, weight_files
+from peanut_jax.files.untrusted import TEXT, read_json, typed
+from peanut_jax.messages import reading, short
 from peanut_jax.models import hf_faults
+from peanut_jax.models.hf_fields import check_fields, used_by_transformers
 from peanut_jax.models.hf_params import read_params
 
 INSTALL = "pip install 'peanut-jax[hf-flax]' (transformers>=4.56,<5)"
@@ -91,9 +94,11 @@ def load(
     config = _config(source, revision, config_overrides)
     model_class = _checked_class(transformers, config, task)
     files = weight_files(source, revision)
-    model = model_class(config, dtype=dtype, seed=seed, _do_init=False)
+    with used_by_transformers(Path(source)), reading(source):
+        model = model_class(config, dtype=dtype, seed=seed, _do_init=False)
     if model.can_generate() and (path := find(source, "generation_config.json", revision)):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path.parent)
+        with used_by_transformers(path), reading(path):
+            model.generation_config = transformers.GenerationConfig.from_dict(read_json(path))
     new_head = task in NEW_HEAD_TASKS
     params = read_params(model, *read_weights(files), new_modules=new_modules, new_head=new_head, seed=seed)
     note(flatten(params), str(source))
@@ -124,7 +129,8 @@ def shapes(name_or_path: str | Path, task: str | None = None, *, revision: str |
     transformers = _transformers()
     config = _config(str(name_or_path), revision, {})
     model_class = _checked_class(transformers, config, task or _own_task(transformers, config))
-    return config.model_type, model_class(config, _do_init=False).params_shape_tree
+    with used_by_transformers(Path(name_or_path)), reading(str(name_or_path)):
+        return config.model_type, model_class(config, _do_init=False).params_shape_tree
 
 
 def own_task(name_or_path: str | Path, *, revision: str | None = None) -> str:
@@ -170,11 +176,15 @@ def _config(source: str, revision: str | None, overrides: Mapping[str, Any]) -> 
         what = "has no config.json" if Path(source).is_dir() else "is no folder here and no hub model in reach"
         raise FileNotFoundError(f"{source!r} {what}; give a folder that save_pretrained wrote, or a hub name")
     raw = read_json(path)
-    model_type = str(raw.get("model_type"))
+    with reading(path):
+        model_type = typed(raw, "model_type", TEXT, "None")
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING))
-        raise ValueError(f"{path}: model_type {model_type!r} is unknown to transformers; closest: {near}")
-    config = CONFIG_MAPPING[model_type].from_dict(raw)
+        near = difflib.get_close_matches(model_type[:80], list(CONFIG_MAPPING))
+        raise ValueError(f"{path}: model_type {short(model_type)} is unknown to transformers; closest: {near}")
+    config_class = CONFIG_MAPPING[model_type]
+    with used_by_transformers(path), reading(path):
+        check_fields(raw, {} if config_class.has_no_defaults_at_init else config_class().to_dict())
+        config = config_class.from_dict(raw)
     config.name_or_path = source
     fields = {*config.to_dict(), *config.attribute_map, "num_labels"} - FIXED_FIELDS
     for field, value in overrides.items():

@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from peanut_jax.files.hub import Tensors
+from peanut_jax.files.safetensors import finite
 from peanut_jax.files.torch_checkpoint import HEAD
 from peanut_jax.models import hf_faults
 
@@ -154,6 +155,9 @@ def _check_tensors(model: Any, kept: Mapping[Keys, np.ndarray], shapes: Mapping[
             )
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
             raise ValueError(f"{where!r} is {tensor.dtype}: quantised weights cannot be read; dequantise them")
+        with np.errstate(over="ignore"):
+            if not finite(np.asarray(tensor, model.dtype)):
+                raise ValueError(f"{where!r} holds a NaN or an infinity in {jnp.dtype(model.dtype).name}")
 
 
 def _within(modules: Iterable[str], shapes: Mapping[Keys, Any]) -> set[Keys]:
