@@ -8,7 +8,7 @@ import numpy as np
 
 from peanut_jax.files.hub import INDEX_FILE, local_folder, read_index, weight_files, without_config
 from peanut_jax.files.safetensors import Entry, Header, read_entry, read_header
-from peanut_jax.files.untrusted import read_json
+from peanut_jax.files.untrusted import FLAG, read_json, typed
 from peanut_jax.messages import reading
 
 # Written beside merged weights: reading them as a base again would apply an adapter to the wrong kernels.
@@ -100,7 +100,10 @@ def open_base(source: str | Path, fingerprinted: bool) -> Checkpoint:
             config.json ties to an embedding from which it differs.
     """
     checkpoint = open_checkpoint(source)
-    if read_json(checkpoint.folder / "config.json").get("tie_word_embeddings") is True:
+    path = checkpoint.folder / "config.json"
+    with reading(path):
+        tied = typed(read_json(path), "tie_word_embeddings", FLAG, False)
+    if tied:
         check_tied_head(checkpoint)
     if (checkpoint.folder / MERGED_FILE).is_file() and not fingerprinted:
         raise ValueError(

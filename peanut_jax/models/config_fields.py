@@ -1,10 +1,11 @@
-"""Fields of a config.json, which anyone may have written: their types, the bounds of sizes, and values in errors."""
+"""Fields of a config.json, which anyone may have written: their types, and the bounds of their sizes."""
 
 import math
-import reprlib
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
+
+from peanut_jax.messages import short
 
 # The largest size that is read, many times that of any published model (in brackets): a mistake or an attack would
 # otherwise show as memory or time that never ends.
@@ -22,21 +23,6 @@ SIZES: Mapping[str, int] = {
     "max_window_layers": 1 << 30,  # compared with a layer's number, and no size of anything
     "unroll": 1024,
 }
-# Characters of a value that an error shows.
-_SHOWN = 120
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 3
-
-
-def shown(value: Any) -> str:
-    """The value for an error: its repr, at most 120 characters of it."""
-    try:
-        text = _SHORT.repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        text = f"a value of type {type(value).__name__} that is too large to print"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def size(name: str, value: Any, minimum: int = 1) -> int:
@@ -46,9 +32,9 @@ def size(name: str, value: Any, minimum: int = 1) -> int:
         ValueError: anything else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {shown(value)}")
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {short(value)}")
     if value > SIZES[name]:
-        raise ValueError(f"{name} must be at most {SIZES[name]}, got {shown(value)}")
+        raise ValueError(f"{name} must be at most {SIZES[name]}, got {short(value)}")
     return value
 
 
@@ -66,7 +52,7 @@ def number(name: str, value: Any, allowed: str, low: float, high: float) -> floa
     except OverflowError:  # an integer of JSON may be as large as it likes
         as_float = math.inf
     if not low <= as_float <= high:
-        raise ValueError(f"{name} must be a number {allowed}, got {shown(value)}")
+        raise ValueError(f"{name} must be a number {allowed}, got {short(value)}")
     return as_float
 
 
@@ -77,5 +63,5 @@ def flag(name: str, value: Any) -> bool:
         ValueError: anything else, numbers included.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+        raise ValueError(f"{name} must be true or false, got {short(value)}")
     return value

@@ -7,7 +7,8 @@ from typing import Any
 
 from peanut_jax.files.hub import find, without_config
 from peanut_jax.files.untrusted import read_json
-from peanut_jax.models.config_fields import SIZES, flag, number, shown, size
+from peanut_jax.messages import reading, short
+from peanut_jax.models.config_fields import SIZES, flag, number, size
 from peanut_jax.models.families import FAMILIES
 from peanut_jax.models.families.family import Family, Fields
 from peanut_jax.models.generation_config import Generation, read_generation
@@ -82,11 +83,11 @@ class DecoderConfig:
             elif field.type is bool:
                 flag(field.name, getattr(self, field.name))
         if not isinstance(self.rms_norm_eps, float) or not 0 <= self.rms_norm_eps < 1:
-            raise ValueError(f"rms_norm_eps must be a number in [0, 1), got {shown(self.rms_norm_eps)}")
+            raise ValueError(f"rms_norm_eps must be a number in [0, 1), got {short(self.rms_norm_eps)}")
         windows = self.windows
         if not isinstance(windows, tuple) or len(windows) != self.num_hidden_layers:
             raise ValueError(
-                f"windows must be a tuple with one of {self.num_hidden_layers} layers each, got {shown(windows)}"
+                f"windows must be a tuple with one of {self.num_hidden_layers} layers each, got {short(windows)}"
             )
         for window in windows:
             if window is not None:
@@ -99,11 +100,11 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {shown(self.remat)}")
+            raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {short(self.remat)}")
         if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {ATTENTIONS}, got {shown(self.attention)}")
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {short(self.attention)}")
         if not isinstance(self.rope, Rope) or not isinstance(self.generation, Generation):
-            raise ValueError(f"rope and generation must be a Rope and a Generation, got {shown(self.rope)}")
+            raise ValueError(f"rope and generation must be a Rope and a Generation, got {short(self.rope)}")
 
 
 def read_config(source: str, revision: str | None = None, **overrides: Any) -> DecoderConfig:
@@ -119,10 +120,8 @@ def read_config(source: str, revision: str | None = None, **overrides: Any) -> D
     path = Path(source) if Path(source).is_file() else find(source, "config.json", revision)
     if path is None:
         raise FileNotFoundError(without_config(source))
-    try:
+    with reading(path):
         return from_hf(read_json(path), **overrides)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def runs(source: str) -> bool:
@@ -169,7 +168,7 @@ def _family(fields: Fields) -> tuple[str, Family]:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {shown(model_type)} is not one that the decoder runs: {', '.join(FAMILIES)}. Encoders and T5 "
+            f"model_type {short(model_type)} is not one that the decoder runs: {', '.join(FAMILIES)}. Encoders and T5 "
             "load with peanut_jax.models.hf.load"
         )
     return model_type, FAMILIES[model_type]
@@ -181,7 +180,7 @@ def _check_supported(fields: Fields) -> None:
     for name, allowed in _NEUTRAL.items():
         if name in fields and fields[name] not in allowed:
             raise ValueError(
-                f"{name}={shown(fields[name])} is not supported: the model would be another function without it "
+                f"{name}={short(fields[name])} is not supported: the model would be another function without it "
                 f"(supported: {', '.join(map(repr, allowed))})"
             )
 

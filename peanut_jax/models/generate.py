@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
+from peanut_jax.messages import short
 from peanut_jax.methods.fields import is_int
 from peanut_jax.models.beam import beam_search, continuations
-from peanut_jax.models.config_fields import number, shown
+from peanut_jax.models.config_fields import number
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.decoding import Prompts
@@ -87,7 +88,7 @@ def generate(
     _check_beams(config, num_beams, length_penalty, len(eos))
     _note_ignored(config.generation.ignored)
     if not isinstance(sampling, Sampling | None):
-        raise ValueError(f"sampling must be a Sampling or None, got {shown(sampling)}")
+        raise ValueError(f"sampling must be a Sampling or None, got {short(sampling)}")
     if sampling is not None and (key is None or num_beams > 1):
         raise ValueError("sampling needs a key, and does not go with num_beams")
     served = serve(factors, adapter_ids, len(rows), num_beams)
@@ -123,7 +124,7 @@ def _prompt_rows(config: DecoderConfig, prompts: Any, max_new_tokens: int) -> li
     """The prompts, checked: ids of the vocabulary that leave room for the new tokens."""
     _check_count("max_new_tokens", max_new_tokens)
     if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 2) == 0:
-        raise ValueError(f"prompts must be lists of token ids, got {shown(prompts)}")
+        raise ValueError(f"prompts must be lists of token ids, got {short(prompts)}")
     if not len(prompts):
         raise ValueError("prompts is empty: give one or more lists of token ids")
     rows = [id_list(f"prompt {row}", prompt) for row, prompt in enumerate(prompts)]
@@ -152,7 +153,7 @@ def _ends(config: DecoderConfig, eos_token_ids: Any) -> tuple[int, ...]:
 def _check_beams(config: DecoderConfig, num_beams: int, length_penalty: float, ends: int) -> None:
     _check_count("num_beams", num_beams)
     if num_beams > MOST_BEAMS:
-        raise ValueError(f"num_beams must be at most {MOST_BEAMS}, got {shown(num_beams)}")
+        raise ValueError(f"num_beams must be at most {MOST_BEAMS}, got {short(num_beams)}")
     number("length_penalty", length_penalty, "that is finite", -sys.float_info.max, sys.float_info.max)
     kept = continuations(ends)
     if num_beams > 1 and kept > config.vocab_size:
@@ -164,7 +165,7 @@ def _check_beams(config: DecoderConfig, num_beams: int, length_penalty: float, e
 
 def _check_count(name: str, value: Any) -> None:
     if not is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {short(value)}")
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peanut_jax.files.untrusted import read_json
-from peanut_jax.models.config_fields import flag, number, shown
+from peanut_jax.messages import reading, short
+from peanut_jax.models.config_fields import flag, number
 
 GENERATION_FILE = "generation_config.json"
 
@@ -78,7 +79,7 @@ class Sampling:
             raise ValueError(f"temperature must be above 0, got {self.temperature!r}; without sampling it is greedy")
         top_k = self.top_k
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise ValueError(f"top_k must be an integer of at least 1 or None, got {shown(top_k)}")
+            raise ValueError(f"top_k must be an integer of at least 1 or None, got {short(top_k)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
 
@@ -108,10 +109,8 @@ def generation_of(folder: Path, vocab_size: int) -> Generation | None:
     path = folder / GENERATION_FILE
     if not path.is_file():
         return None
-    try:
+    with reading(path):
         return read_generation(read_json(path), vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_generation(fields: Mapping[str, Any], vocab_size: int) -> Generation:
@@ -127,11 +126,11 @@ def read_generation(fields: Mapping[str, Any], vocab_size: int) -> Generation:
     sampling = _sampling(fields)
     neutral = {**_NEUTRAL, **(_NEUTRAL_SAMPLING if sampling else {})}
     ignored = [
-        f"{name}={shown(fields[name])}" for name, values in neutral.items() if fields.get(name) not in (None, *values)
+        f"{name}={short(fields[name])}" for name, values in neutral.items() if fields.get(name) not in (None, *values)
     ]
     outside = [end for end in ends if not 0 <= end < vocab_size]
     if outside:
-        ignored.append(f"eos_token_id={shown(outside)}, outside the vocabulary of {vocab_size}")
+        ignored.append(f"eos_token_id={short(outside)}, outside the vocabulary of {vocab_size}")
     return Generation(
         eos_token_ids=tuple(end for end in dict.fromkeys(ends) if end not in outside),
         sampling=sampling,
@@ -142,7 +141,7 @@ def read_generation(fields: Mapping[str, Any], vocab_size: int) -> Generation:
 def _ends(value: Any) -> list[int]:
     ends = [] if value is None else value if isinstance(value, list) else [value]
     if len(ends) > _MOST_ENDS or any(not isinstance(end, int) or isinstance(end, bool) for end in ends):
-        raise ValueError(f"eos_token_id must be an integer or a list of up to {_MOST_ENDS}, got {shown(value)}")
+        raise ValueError(f"eos_token_id must be an integer or a list of up to {_MOST_ENDS}, got {short(value)}")
     return ends
 
 
@@ -152,7 +151,7 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling | None:
     numbers = {name: 1.0 if value is None else _real(name, value) for name, value in given.items()}
     top_k = fields.get("top_k", 50)
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0):
-        raise ValueError(f"top_k must be an integer of at least 0 or null, got {shown(top_k)}")
+        raise ValueError(f"top_k must be an integer of at least 0 or null, got {short(top_k)}")
     draws = fields.get("do_sample")
     return Sampling(**numbers, top_k=top_k or None) if draws is not None and flag("do_sample", draws) else None
 

@@ -18,6 +18,7 @@ from peanut_jax.base.origin import note
 from peanut_jax.base.torch_names import container, tensor_names
 from peanut_jax.files.safetensors import finite
 from peanut_jax.files.torch_checkpoint import HEAD, Checkpoint, check_tied_head, open_checkpoint
+from peanut_jax.messages import short
 from peanut_jax.models.decoder import Decoder, kept_dtype, variable_shapes
 from peanut_jax.models.decoder_config import DecoderConfig, read_config
 from peanut_jax.models.generation_config import generation_of
@@ -143,15 +144,16 @@ def _check_tensors(checkpoint: Checkpoint, leaves: Mapping[str, Any], tied: bool
         )
     for name, shape in expected.items():
         if checkpoint.entries[name].shape != shape:
-            raise ValueError(f"{name!r} is {checkpoint.entries[name].shape}, and its config.json makes it {shape}")
+            found = short(checkpoint.entries[name].shape)
+            raise ValueError(f"{name!r} is {found}, and its config.json makes it {shape}")
     extra = [name for name in checkpoint.entries if name not in expected and not _BUFFERS.fullmatch(name)]
     if tied and HEAD in extra:
         check_tied_head(checkpoint)
         extra.remove(HEAD)  # a copy of the embedding
     if extra:
         raise ValueError(
-            f"{checkpoint.folder} holds {len(extra)} tensors that the decoder has no place for, first {extra[0]!r}: "
-            "it would be another function without them"
+            f"{checkpoint.folder} holds {len(extra)} tensors that the decoder has no place for, first "
+            f"{short(extra[0])}: it would be another function without them"
         )
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from peanut_jax.models.config_fields import number, shown, size
+from peanut_jax.messages import short
+from peanut_jax.models.config_fields import number, size
 
 # Rope type -> the fields that it needs.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +58,7 @@ def read_rope(fields: Mapping[str, Any]) -> Rope:
     read = {name: _read(name, value, theta) for name, value in given.items()}
     if len(read) == 2 and read["rope_parameters"] != read["rope_scaling"]:
         raise ValueError(
-            f"rope_parameters={shown(given['rope_parameters'])} and rope_scaling={shown(given['rope_scaling'])} "
+            f"rope_parameters={short(given['rope_parameters'])} and rope_scaling={short(given['rope_scaling'])} "
             "contradict each other; keep the one that the model was trained with"
         )
     return next(iter(read.values()), Rope() if theta is None else Rope(theta))
@@ -71,13 +72,13 @@ def _read(place: str, value: Any, theta: float | None) -> Rope:
         theta: The rope_theta beside it.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{place} must be an object, got {shown(value)}")
+        raise ValueError(f"{place} must be an object, got {short(value)}")
     nested = next((name for name, own in value.items() if isinstance(own, Mapping)), None)
     if nested is not None:
-        raise ValueError(f"{place} by type of layer ({shown(nested)}) is not supported, only one for all layers")
+        raise ValueError(f"{place} by type of layer ({short(nested)}) is not supported, only one for all layers")
     if value.get("partial_rotary_factor") not in (1, None):
         raise ValueError(
-            f"partial_rotary_factor={shown(value['partial_rotary_factor'])} is not supported (supported: 1)"
+            f"partial_rotary_factor={short(value['partial_rotary_factor'])} is not supported (supported: 1)"
         )
     own = theta if value.get("rope_theta") is None else _positive("rope_theta", value["rope_theta"])
     if theta not in (None, own):
@@ -99,12 +100,12 @@ def _kind(place: str, value: Mapping[str, Any]) -> str:
     named = {name: value[name] for name in ("rope_type", "type") if value.get(name) is not None}
     for kind in named.values():
         if not isinstance(kind, str) or kind not in _FIELDS:
-            raise ValueError(f"rope type {shown(kind)} is not supported, only {', '.join(_FIELDS)}")
+            raise ValueError(f"rope type {short(kind)} is not supported, only {', '.join(_FIELDS)}")
     if len(set(named.values())) > 1:
         both = f"rope_type={named['rope_type']!r} and type={named['type']!r}"
         raise ValueError(f"{both} of {place} contradict each other")
     if not named and (other := [name for name in value if name not in _NAMES]):
-        raise ValueError(f"{place} has {shown(other[0])} and lacks rope_type, one of {', '.join(_FIELDS)}")
+        raise ValueError(f"{place} has {short(other[0])} and lacks rope_type, one of {', '.join(_FIELDS)}")
     return next(iter(named.values()), "default")
 
 
@@ -113,7 +114,7 @@ def _positive(name: str, value: Any) -> Any:
         return size(name, value)
     found = number(name, value, "above 0", sys.float_info.min, sys.float_info.max)
     if not _SMALLEST <= found <= _LARGEST:
-        raise ValueError(f"{name} must be between {_SMALLEST:g} and {_LARGEST:g}, got {shown(value)}")
+        raise ValueError(f"{name} must be between {_SMALLEST:g} and {_LARGEST:g}, got {short(value)}")
     return found
 
 

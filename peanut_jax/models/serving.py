@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.frontends.linen import bind
+from peanut_jax.messages import short
 from peanut_jax.models.cache import Cache, change_rows, row_axes
-from peanut_jax.models.config_fields import shown
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.updates import KernelUpdate, Updates, checked, map_with_axes
 
@@ -65,7 +65,7 @@ def by_row(adapters: Sequence[Updates], adapter_ids: Sequence[int], rows: int, c
     chosen = np.asarray(adapter_ids)
     whole = chosen.shape == (rows,) and chosen.dtype.kind in "iu"
     if not whole or not all(0 <= one < len(adapters) for one in chosen):
-        raise ValueError(f"adapter_ids must be {rows} numbers below {len(adapters)}, got {shown(chosen.tolist())}")
+        raise ValueError(f"adapter_ids must be {rows} numbers below {len(adapters)}, got {short(chosen.tolist())}")
     if not any(adapters):
         raise ValueError("factors holds no adapted kernel")
     widest = _own_sizes(update for tree in adapters for update in tree.values())

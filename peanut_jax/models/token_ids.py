@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peanut_jax.models.config_fields import shown
+from peanut_jax.messages import short
 
 
 def id_list(name: str, value: Any) -> np.ndarray:
@@ -20,7 +20,7 @@ def id_list(name: str, value: Any) -> np.ndarray:
         ids = np.asarray(None)
     flags = isinstance(value, (list, tuple)) and any(isinstance(one, (bool, np.bool_)) for one in value)
     if ids.ndim != 1 or flags or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"{name} must be a list of token ids, got {shown(value)}")
+        raise ValueError(f"{name} must be a list of token ids, got {short(value)}")
     return ids if ids.size else ids.astype(np.int32)
 
 
@@ -52,7 +52,7 @@ def check_known(name: str, ids: Any, vocab_size: int, *padding: Any) -> None:
         ValueError: `ids` is not an array of integers (traced ones too), or one of them is outside the vocabulary.
     """
     if not hasattr(ids, "dtype") or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name} must be an array of integers, got {shown(getattr(ids, 'dtype', ids))}")
+        raise ValueError(f"{name} must be an array of integers, got {short(getattr(ids, 'dtype', ids))}")
     known = [array for array in (ids, *padding) if array is not None]
     if not all(map(_is_known, known)):
         return

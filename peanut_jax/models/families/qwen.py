@@ -1,6 +1,7 @@
 """Qwen2, with its fixed biases, and Qwen3, with norms on queries and keys."""
 
-from peanut_jax.models.config_fields import flag, shown, size
+from peanut_jax.messages import short
+from peanut_jax.models.config_fields import flag, size
 from peanut_jax.models.families.family import Biases, Family, Fields, Windows, window_of
 
 _TYPES = ("full_attention", "sliding_attention")
@@ -15,7 +16,7 @@ def _windows(fields: Fields, layers: int) -> Windows:
     if not isinstance(types, (list, tuple)) or len(types) != layers or any(one not in _TYPES for one in types):
         raise ValueError(
             f"layer_types must be a list of full_attention or sliding_attention, for each of {layers} layers, got "
-            f"{shown(types)}"
+            f"{short(types)}"
         )
     return tuple(window if used and one == "sliding_attention" else None for one in types)
 

@@ -35,7 +35,9 @@ def read_table(source: str, columns: list[str]) -> datasets.Dataset:
     path = Path(source)
     table = _read_file(path) if path.suffix in _READERS else _read_hub(source)
     if absent := [name for name in columns if name not in table.column_names]:
-        raise ValueError(f"{source} has no column {absent[0]!r}, only {short(', '.join(table.column_names), 200)[1:-1]}")
+        raise ValueError(
+            f"{source} has no column {absent[0]!r}, only {short(', '.join(table.column_names), 200)[1:-1]}"
+        )
     return table.select_columns(columns)
 
 
