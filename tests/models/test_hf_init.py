@@ -22,7 +22,7 @@ IDS = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 WIDE = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 TEXT = {**WIDE, **IDS, "vocab_size": 97, "max_position_embeddings": 40, "initializer_range": 0.05, "num_labels": 200}
 GPT = {"n_embd": 48, "n_layer": 3, "n_head": 2, "n_positions": 40, "vocab_size": 97, "initializer_range": 0.05, **IDS}
-LLAMA = {**TEXT, "head_dim": 24, "num_key_value_heads": 1, "tie_word_embeddings": False}
+LLAMA = {**TEXT, "max_position_embeddings": 64, "head_dim": 24, "num_key_value_heads": 1, "tie_word_embeddings": False}
 STACKS = {
     **{f"{stack}_{what}": size for stack in ("encoder", "decoder") for what, size in
        (("layers", 1), ("attention_heads", 2), ("ffn_dim", 40))},
