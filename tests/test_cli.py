@@ -409,7 +409,7 @@ def test_version(capsys):
     [
         (["inspect", "./absent"], "'./absent' does not exist; give the path of a folder that does"),
         (["inspect", "{tmp}/absent"], "absent' does not exist"),
-        (["inspect", "runs/absent/adapter"], "'runs/absent/adapter' does not exist"),
+        (["inspect", "runs/absent/adapter"], "'runs/absent/adapter' does not exist; give the path"),
         (["inspect", "~/absent"], "'~/absent' does not exist; write the whole path"),
         (["inspect", "a b"], "'a b' does not exist here, and cannot be a hub name"),
         (["inspect", "absent/name"], "'absent/name' is not a folder here, "),

@@ -68,9 +68,8 @@ def print_table(table: Table) -> None:
 
 def _width() -> int | None:
     """Columns of the terminal, or as COLUMNS says; None where there is neither."""
-    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
-        return None
-    return Console().width
+    given = os.environ.get("COLUMNS", "")
+    return Console().width if sys.stdout.isatty() or (given.isdigit() and int(given)) else None
 
 
 def shortened(path: str, room: int | None) -> str:

@@ -131,7 +131,8 @@ def to_lora_folder(
             tuple(loaded.thetas), lora_like.r, tuple(loaded.saved), engines.model_type_of(checkpoint.folder)
         )
         engines.check(row, exported, f"peanut-jax merge {source} --adapter {adapter} --out DIR")
-    _refuse_plain(adapter, loaded)
+    if type_of(loaded.config) is type_of(lora_like):
+        _refuse_plain(adapter)
     check_apart(Path(folder), checkpoint.folder, local_folder(str(adapter)))
     refuse_filled(Path(folder), overwrite, CONFIG_FILE)
     places = locate(checkpoint, loaded)
@@ -152,15 +153,13 @@ def to_lora_folder(
     write(folder, ModuleAdapters(named, thetas, loaded.saved, base_dtype=loaded.base_dtype), overwrite=overwrite)
 
 
-def _refuse_plain(adapter: str | Path, loaded: ModuleAdapters) -> None:
+def _refuse_plain(adapter: str | Path) -> None:
     """Refuses a LoRA that would be written as it is."""
-    if type_of(loaded.config).method is LoraConfig and not loaded.config.READS_BASE:
-        fields = read_json(local_folder(str(adapter)) / CONFIG_FILE)
-        if fields["peft_type"] == "LORA" and is_plain(fields):
-            raise ValueError(
-                f"{adapter} is a LoRA already, with one rank and an integer lora_alpha, as every engine reads it: "
-                "serve it as it is"
-            )
+    if is_plain(read_json(local_folder(str(adapter)) / CONFIG_FILE)):
+        raise ValueError(
+            f"{adapter} is a LoRA already, with one rank and an integer lora_alpha, as every engine reads it: serve it "
+            "as it is"
+        )
 
 
 def from_lora(folder: str | Path, params: PyTree) -> dict[str, LowRank]:
