@@ -234,3 +234,10 @@ def test_bad_arguments_exit_with_2(capsys):
         main(["merge", "base"])
     assert exit_info.value.code == 2
     assert "--adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=100000", "data=64,fsdp=64,tensor=2"])
+def test_a_mesh_that_is_too_large_is_refused_at_once(capsys, mesh):
+    """Before the model's config is looked for, let alone a device made."""
+    assert main(["plan", "--config-json", "absent", "--mesh", mesh, "--batch", "1", "--seq", "1"]) == 1
+    assert "devices and plan takes at most 2,048" in capsys.readouterr().err
