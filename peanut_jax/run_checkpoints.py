@@ -5,8 +5,10 @@ checksum of every leaf: a damaged checkpoint is told from a whole one, and from 
 """
 
 import contextlib
+import errno
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -283,7 +285,9 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore calls a full disk a ValueError
-            raise OSError(f"cannot {what} {self.folder}: {one_line(error)}") from error
+            # In tensorstore's message, after all that it was writing.
+            full = (text for text in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) if text in str(error))
+            raise OSError(f"cannot {what} {self.folder}: {next(full, None) or one_line(error)}") from error
 
 
 def _note(

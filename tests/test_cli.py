@@ -480,3 +480,10 @@ def test_an_error_is_one_short_line(monkeypatch, capsys, error, code, said):
     assert (got, err.count("\n")) == (code, 1)
     assert said in err
     assert len(err) <= 501
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=100000", "data=64,fsdp=64,tensor=2"])
+def test_a_mesh_that_is_too_large_is_refused_at_once(capsys, mesh):
+    """Before the model's config is looked for, let alone a device made."""
+    assert main(["plan", "--config-json", "absent", "--mesh", mesh, "--batch", "1", "--seq", "1"]) == 1
+    assert "devices and plan takes at most 2,048" in capsys.readouterr().err

@@ -236,23 +236,56 @@ def test_damage_falls_back(tmp_path, caplog, kind):
     assert record == {"position": 99}
 
 
-def test_any_flipped_byte_is_seen_or_harmless(tmp_path, caplog):
-    """Whatever byte of whatever file is flipped: the right state comes back, of this step or of the one before."""
+def damaged(content: bytes, kind: str, chosen: random.Random) -> bytes:
+    at = chosen.randrange(max(len(content), 1))
+    return {
+        "flip": bytes(byte ^ (0x10 if i == at else 0) for i, byte in enumerate(content)),
+        "truncate": content[:at],
+        "empty": b"",
+        "deep": b'{"leaves":' * 20_000 + b"1" + b"}" * 20_000,
+        "not unicode": content[:at] + b"\xff\xfe" + content[at:],
+        "another type": b"[1e999, null]",
+        "huge number": b'{"item_handlers": ' + b"9" * 5000 + b"}",
+    }[kind]
+
+
+RARER = ("empty", "not unicode", "another type", "huge number", "gone", "a folder")
+
+
+@pytest.mark.parametrize(
+    "kind", ["flip", "truncate", "deep", *(pytest.param(kind, marks=pytest.mark.large) for kind in RARER)]
+)
+def test_any_damage_to_any_file_is_seen_or_harmless(tmp_path, monkeypatch, kind):
+    """Of whatever file: the right state comes back, of this step or of the one before, and nothing else is printed."""
     states = save_steps(tmp_path / "whole", [1, 2])
-    chosen = random.Random(0)
-    files = sorted(file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole/2").rglob("*") if file.is_file())
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    chosen = random.Random(kind)
     fell_back = 0
-    for trial in range(30):
-        folder = tmp_path / f"trial{trial}"
+    for file in sorted(path for path in (tmp_path / "whole/2").rglob("*") if path.is_file()):
+        folder = tmp_path / "trial"
         shutil.copytree(tmp_path / "whole", folder)
-        if (folder / files[trial % len(files)]).stat().st_size:
-            flip(folder / files[trial % len(files)], chosen.random())
+        path = folder / file.relative_to(tmp_path / "whole")
+        path.unlink() if kind in ("gone", "a folder") else path.write_bytes(damaged(path.read_bytes(), kind, chosen))
+        if kind == "a folder":
+            path.mkdir()
         with Checkpoints(folder, ABOUT_RUN) as checkpoints:
             found, record = checkpoints.restore(make_state())
         assert_same(found, states[int(found.step)])
         assert record == {"position": 10 * int(found.step)}
         fell_back += int(found.step) == 1
-    assert fell_back > 5
+        shutil.rmtree(folder)
+    assert fell_back >= 2
+    assert not printed
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b'{"r": ' * 5000, b"3", b"", None])
+def test_a_damaged_about_is_one_line(tmp_path, content):
+    (tmp_path / ABOUT).mkdir() if content is None else (tmp_path / ABOUT).write_bytes(content)
+    with pytest.raises(ValueError, match=r"about\.json is damaged") as caught:
+        Checkpoints(tmp_path, ABOUT_RUN)
+    assert len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
 
 
 def test_all_damaged_is_an_error(tmp_path):

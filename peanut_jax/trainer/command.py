@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import jax
 
 from peanut_jax.trainer import aborts, distributed
+from peanut_jax.trainer.extras import check_extras
+from peanut_jax.trainer.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from peanut_jax.trainer.loop import Outcome
@@ -83,11 +85,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     try:
+        check_extras()
         # Imported here: a package that is not installed is an error of the command, not of its --help.
         from peanut_jax.trainer import train
         from peanut_jax.trainer.reading import read_for
 
-        _quiet_libraries()
+        stack.enter_context(quiet_libraries())
         distributed.start(args.coordinator, args.processes, args.process_id, args.timeout)
         config, origin = read_for(args.out, args.config, args.set, resume=args.resume)
         if distributed.several():
@@ -98,17 +101,6 @@ def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if distributed.is_first():
         print(_told(outcome, args.out), file=sys.stderr)
     return 128 + signal.Signals[outcome.signal].value if outcome.signal and not outcome.complete else 0
-
-
-def _quiet_libraries() -> None:
-    """Leaves out what libraries log of an error that is raised too, and their bars where no terminal shows them."""
-    import datasets
-
-    for name, level in (("huggingface_hub", logging.ERROR), ("tensorboardX", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def _told(outcome: "Outcome", out: Path) -> str:

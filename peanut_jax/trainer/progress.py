@@ -4,13 +4,22 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 
@@ -39,7 +48,7 @@ class Meter:
         """
         left = datetime.timedelta(seconds=round((self.total - step) * step_seconds))
         figures = f"loss {float(loss):.4g}  {rate:,.0f} {self.rate_unit}  {1e3 * step_seconds:.1f} ms"
-        self.show(step, figures, f"ETA {left}")
+        self.show(step, figures, f"ETA {left.days} d {left.seconds // 3600} h" if left.days else f"ETA {left}")
 
 
 @contextlib.contextmanager
@@ -65,13 +74,33 @@ def progress(
     elif not console.is_interactive:
         yield meter(show=functools.partial(_print_line, time.monotonic(), f"{description} {{}}/{total}"))
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
-        bar = Progress(*columns, *times, expand=True)
+        bar = Progress(*_columns(console.width, len(description), total), expand=True)
         task = bar.add_task(description, total=total, completed=completed, left="")
-        below = Text()  # a line of its own: all on one would leave no bar in 80 columns
+        below = Text(
+            no_wrap=True, overflow="ellipsis"
+        )  # a line of its own: all on one would leave no bar in 80 columns
         with Live(Group(bar, below), console=console):
             yield meter(show=functools.partial(_move, bar, task, below))
+
+
+def _columns(width: int, description: int, total: int) -> list[ProgressColumn]:
+    """What a line of so many characters has room for; a line that is too long would be drawn anew at each update."""
+    steps = 2 * len(str(total)) + 1
+    elapsed, left, least = 8, 14, 10  # "12:34:56", "ETA 231 d 18 h" and the shortest bar
+    found: list[ProgressColumn] = [MofNCompleteColumn()]
+    room = width - steps
+    if room > elapsed + 1:
+        found.append(TimeElapsedColumn())
+        room -= elapsed + 1
+    if room > left + 1:
+        found.append(TextColumn("{task.fields[left]}"))
+        room -= left + 1
+    if room > least + 1:
+        found.insert(0, BarColumn(bar_width=None))
+        room -= least + 1
+    if room > description + 1:
+        found.insert(0, TextColumn("{task.description}"))
+    return found
 
 
 def _move(bar: Progress, task: TaskID, below: Text, step: int, figures: str, left: str) -> None:
@@ -81,4 +110,7 @@ def _move(bar: Progress, task: TaskID, below: Text, step: int, figures: str, lef
 
 def _print_line(started: float, heading: str, step: int, figures: str, left: str) -> None:
     elapsed = datetime.timedelta(seconds=round(time.monotonic() - started))
-    print(f"{heading.format(step)}  {figures}  elapsed {elapsed}  {left}", file=sys.stderr, flush=True)
+    try:
+        print(f"{heading.format(step)}  {figures}  elapsed {elapsed}  {left}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # as `2>&1 | head` leaves it: what nobody reads is no reason to end a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from peanut_jax import cli
-from peanut_jax.trainer import extras
+from peanut_jax.trainer import distributed, extras
 from peanut_jax.trainer.command import main
 
 
@@ -31,6 +31,9 @@ def no_cluster(monkeypatch):
             "a batch of 8 rows does not divide over 8 data shards and 2 microbatches",
         ),
         (["--set", "mesh=data=16"], "16 places and there are 8 devices"),
+        (["--set", "mesh=fsdp=100000"], "100000 places and there are 8 devices"),
+        (["--set", "mesh=fsdp=" + "9" * 5000], "mesh must be like data=2,fsdp=2,tensor=2"),
+        (["--set", "task.train=no/such:train"], "no/such:train cannot be read"),
         (["--set", "loop.stepz=3"], "--set takes a field of the config"),
         (["--set", "loop.steps=0"], "loop.steps must be an integer of at least 1, got 0"),
         (["--set", "loop.epochs=2", "--set", "loop.steps=8"], "give one of loop.steps and loop.epochs, got 8 and 2"),
@@ -54,6 +57,8 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, arguments, message):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("train: ")
     assert message in last
+    assert len(last) <= 500
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_file_must_be_named(tmp_path, capsys):
@@ -83,13 +88,40 @@ def test_what_is_not_installed_is_named(tiny, tmp_path, capsys, monkeypatch):
 def test_a_config_needs_no_extra():
     """With them blocked a config can be imported and read; training says what it needs."""
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('grain', 'matplotlib', 'tensorboardX')))\n"
+        "import contextlib, sys\n"
+        "extras = 'grain', 'matplotlib', 'tensorboardX'\n"
+        "sys.modules.update(dict.fromkeys((*extras, 'datasets', 'filelock', 'transformers', 'sklearn')))\n"
+        "from peanut_jax.trainer import command\n"
+        "with contextlib.suppress(SystemExit): command.main(['--help'])\n"
+        "for name in ('datasets', 'filelock', 'transformers', 'sklearn'): del sys.modules[name]\n"
         "from peanut_jax.trainer import Classification, LanguageModelling, Loop, Optimizer, Run, read\n"
         "from peanut_jax.trainer.command import main\n"
         "sys.exit(main(['config.py', '--out', 'run']))"
     )
     root = Path(__file__).parents[2]
-    found = subprocess.run([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert "--coordinator HOST:PORT" in found.stdout
     line = found.stderr.splitlines()[-1]
     assert line == "train: training needs grain, matplotlib, tensorboardX: pip install 'peanut-jax[train]'"
     assert found.returncode == 1
+
+
+def test_a_long_error_is_cut_to_a_line(tiny, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("one\n  two " + "x" * 1000 + " three")
+
+    monkeypatch.setattr(distributed, "start", fail)
+    assert main([str(tiny / "config.py"), "--out", str(tmp_path / "run")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: one two xxx")
+    assert last.endswith("xxx three")
+    assert len(last) <= 500
+
+
+def test_ctrl_c_before_the_first_step(tiny, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distributed, "start", interrupt)
+    assert main([str(tiny / "config.py"), "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "train: interrupted before the first step; nothing was saved\n"

@@ -14,6 +14,7 @@ from peanut_jax.adapters import Adapters
 from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read
 from peanut_jax.trainer.judging import FRESH, due, judged
 from peanut_jax.trainer.reading import _merged
+from peanut_jax.trainer.tasks.base import directions
 
 
 def test_configs_that_are_none(tmp_path):
@@ -132,3 +133,50 @@ def test_epochs_replace_steps_and_two_of_them_are_refused(tmp_path, caplog):
 )
 def test_changes_of_the_start_and_new_ones(earlier, now, merged):
     assert _merged(earlier, now) == merged
+
+
+class Scored(Classification):
+    METRICS = ("loss", "score")
+
+
+def best_mode(task=Classification, **fields):
+    task = task(model="m", train="t", evaluation="e")
+    return Run(task=task, adapter=pj.LoraConfig(task_type="SEQ_CLS"), loop=Loop(steps=1, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({}, "min"), ({"best": "accuracy"}, "max"), ({"best": "accuracy", "best_mode": "max"}, "max"),
+        ({"task": Scored}, "min"), ({"task": Scored, "best": "score", "best_mode": "max"}, "max"),
+    ],
+)  # fmt: skip
+def test_the_direction_is_the_metrics(fields, mode, caplog):
+    """It is in what a run is known by, as runs of earlier versions have it, which had to write it out."""
+    run = best_mode(**fields)
+    assert run.best_mode == mode
+    assert run.identity()["loop"]["best_mode"] == run.as_json()["loop"]["best_mode"] == mode
+    assert not caplog.text
+
+
+def test_a_direction_that_contradicts_the_metric_is_taken_and_told(caplog):
+    assert best_mode(best="accuracy", best_mode="min").best_mode == "min"
+    assert "loop.best_mode='min' keeps the min of 'accuracy' as the best" in caplog.text
+
+
+def test_a_direction_that_nobody_knows():
+    with pytest.raises(ValueError, match=r"METRICS of Scored does not say .* 'score' .* or set loop\.best_mode"):
+        best_mode(Scored, best="score")
+
+
+@pytest.mark.parametrize("metrics", [None, "loss", {}, {"loss": "low"}, {"loss": None}, (1,), {1: "min"}])
+def test_metrics_that_are_none(metrics):
+    with pytest.raises(ValueError, match="METRICS must"):
+        directions(metrics)
+
+
+def test_the_best_of_an_accuracy_is_the_highest():
+    run, record = best_mode(best="accuracy", eval_every=1, patience=2), FRESH
+    for value in (0.5, 0.7, 0.6):
+        record = judged(record, {"accuracy": value}, run)
+    assert record == {"best": 0.7, "since_best": 1, "done": False}

@@ -111,17 +111,28 @@ def test_sigterm_to_one_process_saves_for_all(tiny, alone, tmp_path):
 
 
 @pytest.mark.large
-def test_a_process_that_dies_stops_the_others(tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_or_freezes_stops_the_others(tiny, tmp_path, victim, number):
+    """Within a minute, with one line behind the progress and status 1."""
     out = tmp_path / "run"
     running = start_all(tiny, out, 2, *LONG, "--set", "loop.log_every=1")
     wait_for_steps(out, 3)
-    running[1].kill()
-    died = time.monotonic()
-    ended = finish(running)
-    assert time.monotonic() - died < 60
-    code, error = ended[0]
-    assert code not in (0, -signal.SIGKILL)
-    assert "another process has stopped or died" in error or "another task died" in error
+    running[victim].send_signal(number)
+    since = time.monotonic()
+    other = running.pop(1 - victim)
+    try:
+        ((code, error),) = finish([other])
+    finally:
+        running[0].kill()
+        running[0].communicate()
+    assert time.monotonic() - since < 60
+    lines = [line for line in error.splitlines() if not line.startswith("training ")]
+    assert code == 1, error
+    assert len(lines) == 1
+    assert len(lines[0]) <= 500
+    assert lines[0].startswith(f"train: process {1 - victim} stops: ")
+    assert "Go on with --resume" in lines[0]
 
 
 def test_an_error_of_the_first_process_stops_all(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """A run's metrics: kept, cut back upon resume, drawn, and shown while it runs."""
 
+import io
 import json
 import math
 import os
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from peanut_jax.trainer import curves
 from peanut_jax.trainer.curves import plot_curves
 from peanut_jax.trainer.metrics_file import drop_after, read_metrics
-from peanut_jax.trainer.progress import progress
+from peanut_jax.trainer.progress import _columns, progress
 from peanut_jax.trainer.recorder import Recorder
 
 ROOT = Path(__file__).parents[2]
@@ -250,3 +253,42 @@ def test_on_a_terminal_a_bar_of_80_columns_shows_it_all():
     os.close(ours)
     for text in ("training", "━", "150/200", "loss 0.5", "1,234 tokens/s", "500.0 ms", "0:00:00", "ETA 0:00:25"):
         assert text in shown, shown
+
+
+@pytest.mark.parametrize("width", [10, 20, 30, 40, 80])
+@pytest.mark.parametrize("total", [200, 10**9])
+def test_no_line_of_the_bar_is_longer_than_the_terminal(width, total):
+    """What has no room is left out from the least important on; the steps are there as long as they fit."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    bar = Progress(*_columns(width, len("training"), total), expand=True, console=console)
+    bar.add_task("training", total=total, completed=total // 4 * 3, left="ETA 231 d 18 h")
+    console.print(bar.get_renderable())
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 1
+    assert len(lines[0]) <= width
+    if width > 2 * len(str(total)):
+        assert f"{total // 4 * 3}/{total}" in lines[0]
+    assert ("━" in lines[0]) == (width == 80 or (width, total) == (30, 200))
+
+
+def test_a_reader_of_the_progress_that_has_left_ends_no_run():
+    """As `2>&1 | head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = BAR + "    meter.update(151, loss=0, rate=1.0, step_seconds=1.0)"
+    with subprocess.Popen((sys.executable, "-c", code + "\nprint('end')"), cwd=ROOT, stderr=writer, stdout=-1) as run:
+        os.close(writer)
+        assert run.communicate()[0] == b"end\n"
+    assert run.returncode == 0
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, caplog):
+    recorder = Recorder(tmp_path)
+    recorder._lines.close()
+    with open("/dev/full", "w") as recorder._lines:
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            recorder.log(1, {"train/loss": 1.0})
+        with pytest.raises(KeyError, match="first"), recorder:
+            raise KeyError("first")
+    assert "No space left on device" in caplog.text

@@ -1,9 +1,11 @@
 """The tasks: their rows, what they refuse, and one of a user's own."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
+import datasets
 import pytest
 import transformers
 from safetensors.numpy import load_file
@@ -13,6 +15,8 @@ from peanut_jax.sharding import make_mesh
 from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read, train
 from peanut_jax.trainer.loop import Outcome
 from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.tasks.tables import read_table
+from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -154,3 +158,49 @@ def test_a_task_of_the_users_own(tmp_path):
     first, last = (row["eval/loss"] for row in read_metrics(tmp_path / "run") if "eval/loss" in row)
     assert last < first
     assert read(tmp_path / "config.py", ["task.width=3"]).task.width == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", b'{"a": "x"}\n{"a": [}\n', "cannot be read: "), ("a.jsonl", b"", "has no rows"),
+        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", "cannot be read: Error tokenizing data"), ("a.csv", b"", "cannot be read: "),
+        ("a.csv", bytes(range(256)), "cannot be read: "), ("a.json", b"[" * 100_000, "cannot be read: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_data_file_is_named_in_one_line(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told) as caught:
+        read_table(str(tmp_path / name), ["a"])
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_cannot_be_reached():
+    with pytest.raises(OSError, match="no/such:train cannot be read: Couldn't reach 'no/such' on the Hub"):
+        read_table("no/such:train", ["a"])
+
+
+def test_a_cache_of_datasets_without_room_is_named(tmp_path, monkeypatch):
+    def load_dataset(*args, **options):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    with pytest.raises(OSError, match=r"No space left on device, reading .*a\.csv into the cache .*HF_DATASETS_CACHE"):
+        read_table(str(tmp_path / "a.csv"), ["a"])
+
+
+@pytest.mark.parametrize("damage", [None, "{", "[" * 100_000])
+def test_a_model_without_a_tokenizer(tiny, tmp_path, damage):
+    shutil.copy(tiny / "model" / "config.json", tmp_path)
+    if damage:
+        shutil.copy(tiny / "model" / "tokenizer_config.json", tmp_path)
+        (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read") as caught:
+        load_tokenizer(str(tmp_path))
+    assert len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
