@@ -73,8 +73,8 @@ def load(
         new_modules: Modules to draw from `seed` whatever the checkpoint holds: names or `/`-joined paths, such
             as `"pooler"`, or `"classifier"` to replace a head of another size.
         dropout_masks: "torch" has attention dropout draw a mask for each row and head, as PyTorch's classes do. "flax"
-            has it draw one for all rows and heads of a batch, as transformers' Flax classes do; it is a little
-            faster. Outside training there is no difference.
+            has it draw one for all rows and heads of a batch, as transformers' Flax classes do. Outside training
+            there is no difference.
         revision: Branch, tag or commit of a hub repository.
         **config_overrides: Fields of the configuration to set, such as `num_labels=3`.
 
