@@ -5,8 +5,10 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-# Characters of a value, and of a whole message.
-VALUE, MESSAGE = 80, 500
+# Characters of a value, of another error within a message, and of a whole message.
+VALUE, LINE, MESSAGE = 80, 160, 500
+_GAP = " ... "
+_FOR_PEOPLE = (ValueError, OSError, NotImplementedError, ImportError, RuntimeError)
 _ITEMS, _DEPTH = 8, 3
 
 
@@ -39,9 +41,29 @@ def reading(what: object) -> Iterator[None]:
         raise ValueError(_cut(named, MESSAGE)) from error
 
 
+def one_line(what: object, limit: int = LINE) -> str:
+    """An error's message, or any text, in one line of at most `limit` characters.
+
+    The middle of a longer one is left out: libraries put the cause at the end. An error of the system is told as its
+    file and the cause, and one that was not meant for people with its type.
+
+    Examples:
+        >>> one_line(FileNotFoundError(2, "No such file or directory", "a.json"))
+        'a.json: No such file or directory'
+        >>> one_line(KeyError("hidden_size"))
+        "KeyError: 'hidden_size'"
+    """
+    text = str(what)
+    if isinstance(what, OSError) and what.filename is not None and what.strerror and what.errno is not None:
+        text = f"{what.filename}: {what.strerror}"
+    elif isinstance(what, BaseException) and not (text.strip() and isinstance(what, _FOR_PEOPLE)):
+        text = f"{type(what).__name__}: {text}".removesuffix(": ")
+    return _cut(" ".join(text.split()), limit)
+
+
 def _cut(text: str, limit: int) -> str:
     """The text, without its middle where it is longer than `limit`."""
     if len(text) <= limit:
         return text
-    tail = (limit - 3) // 3
-    return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
+    tail = (limit - len(_GAP)) // 2
+    return f"{text[: limit - len(_GAP) - tail]}{_GAP}{text[len(text) - tail :]}"

@@ -10,6 +10,7 @@ import jax
 
 from peanut_jax.files.atomic import write_text
 from peanut_jax.files.untrusted import read_json
+from peanut_jax.messages import one_line
 from peanut_jax.run_checkpoint_leaves import ABSENT
 
 ABOUT = "about.json"
@@ -85,12 +86,6 @@ def listed(items: Sequence[str], limit: int = 350) -> str:
         shown.pop()
     left = len(items) - len(shown)
     return "; ".join(shown) + (f"; and {left} more" if left else "")
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Type and message, less the middle of a long one: tensorstore puts the cause at the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _is_fingerprint(value: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from peanut_jax.run_checkpoint_about import one_line
+from peanut_jax.messages import one_line
 from peanut_jax.run_checkpoint_leaves import UNREADABLE
 
 # Orbax's own note of a checkpoint, of times and handlers: nothing in it is read here.

@@ -19,12 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from peanut_jax.messages import one_line
 from peanut_jax.run_checkpoint_about import (
     ABOUT,
     check_about,
     differences,
     listed,
-    one_line,
     plain,
     read_about,
     write_about,

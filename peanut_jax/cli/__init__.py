@@ -12,11 +12,10 @@ from peanut_jax.cli.arguments import add_command
 from peanut_jax.cli.exporting import add_exports
 from peanut_jax.cli.inspecting import add_inspect
 from peanut_jax.cli.planning import add_plan
+from peanut_jax.messages import MESSAGE, one_line
 from peanut_jax.trainer import command as training
 
-# An error is one line of at most 500 characters, behind the command's name.
 _NAME = "peanut-jax: "
-_LONGEST = 500 - len(_NAME)
 # 128 + the number of the signal by which a shell's own tools end: SIGINT, SIGPIPE.
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
 
@@ -50,21 +49,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        print(f"{_NAME}{_one_line(error)}", file=sys.stderr)
+        print(f"{_NAME}{one_line(error, MESSAGE - len(_NAME))}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{_NAME}interrupted{args.interrupted}", file=sys.stderr)
         return _INTERRUPTED
     return args.trouble
-
-
-def _one_line(error: Exception) -> str:
-    """The message, without what it looks like to Python, and with its middle left out where it is too long."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror and error.errno is not None:
-        text = f"{error.filename}: {error.strerror}"
-    text = " ".join(text.split()) or type(error).__name__
-    half = (_LONGEST - len(" ... ")) // 2
-    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def _leave_pipes() -> None:

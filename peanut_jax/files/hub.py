@@ -16,8 +16,8 @@ from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 
 from peanut_jax.files.safetensors import open_safetensors, read_header
-from peanut_jax.files.untrusted import COUNT, OBJECT, read_json, short_error, typed
-from peanut_jax.messages import reading, short
+from peanut_jax.files.untrusted import COUNT, OBJECT, read_json, typed
+from peanut_jax.messages import one_line, reading, short
 
 WEIGHTS = ("model.safetensors", "flax_model.msgpack")
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,10 +96,9 @@ def _refuse_path(source: str) -> None:
 
 def _not_found(source: str, error: Exception) -> str:
     """What is said of a name that is not a folder and that the hub did not give."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error, 200)
     if "Repo id" in reason:  # how the hub calls a name that it could not have
         return f"{source!r} does not exist here, and cannot be a hub name; give a folder that does, or a hub name"
-    reason = reason if len(reason) <= 200 else reason[:199] + "\N{HORIZONTAL ELLIPSIS}"
     return f"{source!r} is not a folder here, and the hub did not give it. Check the path, or the hub name: {reason}"
 
 
@@ -231,7 +230,7 @@ def _read_msgpack(path: Path) -> tuple[Tensors, str]:
     try:
         content = flatten_dict(msgpack_restore(path.read_bytes()), sep=".")
     except _MSGPACK_ERRORS as error:
-        raise ValueError(f"{path} is truncated or corrupt ({short_error(error)}); fetch it again") from error
+        raise ValueError(f"{path} is truncated or corrupt ({one_line(error)}); fetch it again") from error
     if odd := next((name for name, leaf in content.items() if not isinstance(leaf, np.ndarray)), None):
         raise ValueError(f"{path} holds {short(content[odd])} at {short(odd)}, not an array; fetch it again")
     return content, "flax"

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peanut_jax.files.atomic import replacing
-from peanut_jax.files.untrusted import TEXT_TO_TEXT, parse_json, short_error, typed
-from peanut_jax.messages import reading, short
+from peanut_jax.files.untrusted import TEXT_TO_TEXT, parse_json, typed
+from peanut_jax.messages import one_line, reading, short
 
 # Tensors of other dtypes (quantised ones) are copied but not read.
 _DTYPES = {
@@ -57,7 +57,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="np") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({short_error(error)}); fetch it again") from error
+        raise ValueError(f"{path} is truncated or corrupt ({one_line(error)}); fetch it again") from error
 
 
 def read_header(path: Path) -> Header:

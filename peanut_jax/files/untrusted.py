@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.messages import reading, short
+from peanut_jax.messages import one_line, reading, short
 
 # The index of DeepSeek-V3, of 671 billion parameters, has 8.9 MB; safetensors itself allows a header 100 MB.
 MAX_BYTES = 1 << 26
@@ -47,7 +47,7 @@ def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
     except RecursionError as error:
         raise _invalid(what, _TOO_DEEP) from error
     except ValueError as error:
-        raise _invalid(what, short_error(error)) from error
+        raise _invalid(what, one_line(error)) from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} must hold a JSON object, got {type(content).__name__}")
     if why := _unusable(content):
@@ -57,12 +57,6 @@ def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
 
 def _invalid(what: str, why: str) -> ValueError:
     return ValueError(f"{what} is not valid JSON ({why}); fetch it again")
-
-
-def short_error(error: Exception) -> str:
-    """The message of a library's error, without the lines and values that may follow it."""
-    text = str(error).partition("\n")[0]
-    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peanut_jax.files.untrusted import short_error
-from peanut_jax.messages import short
+from peanut_jax.messages import one_line, short
 
 # Bounds beyond every model that there is. A layer costs a millisecond before anything of it is read, transformers makes
 # a dictionary of the labels, and some classes a table of their positions.
@@ -62,5 +61,4 @@ def used_by_transformers(path: Path) -> Iterator[None]:
     try:
         yield
     except _THEIRS as error:
-        why = f"{type(error).__name__}: {short_error(error)}"
-        raise ValueError(f"{path}: transformers cannot make a model of its fields ({why})") from error
+        raise ValueError(f"{path}: transformers cannot make a model of its fields ({one_line(error)})") from error

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from peanut_jax.architectures import Rules
 from peanut_jax.base.kernels import Leaf, flatten, replace
 from peanut_jax.base.origin import carry
+from peanut_jax.messages import short
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that the batch is sharded over. fsdp shards the parameters too, which each layer gathers before it runs.
@@ -64,8 +65,7 @@ def mesh_sizes(sizes: str) -> dict[str, int]:
     for part in filter(None, sizes.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in AXES or not re.fullmatch(r"-1|[1-9]\d{0,8}", size) or name in given:
-            shown = sizes if len(sizes) <= 80 else f"{sizes[:77]}..."
-            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {shown!r}")
+            raise ValueError(f"mesh must be like data=2,fsdp=2,tensor=2 (axes {', '.join(AXES)}), got {short(sizes)}")
         given[name] = int(size)
     return {name: given.get(name, 1) for name in AXES}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from peanut_jax.messages import MESSAGE, one_line
 from peanut_jax.trainer import aborts, distributed
 from peanut_jax.trainer.extras import check_extras
 from peanut_jax.trainer.quiet import quiet_libraries
@@ -19,8 +20,6 @@ from peanut_jax.trainer.quiet import quiet_libraries
 if TYPE_CHECKING:
     from peanut_jax.trainer.loop import Outcome
 
-# An error is one line of at most so many characters.
-_LONGEST = 500
 _NO_FAULT = (
     "Where this is no fault of its own, another process has stopped or died: see its output. Go on with --resume"
 )
@@ -111,17 +110,10 @@ def _told(outcome: "Outcome", out: Path) -> str:
 
 
 def _failed(error: Exception) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
     if not distributed.several():
-        print(f"train: {_short(text, _LONGEST - len('train: '))}", file=sys.stderr)
+        print(f"train: {one_line(error, MESSAGE - len('train: '))}", file=sys.stderr)
         return 1
     before, after = f"train: process {jax.process_index()} stops: ", f". {_NO_FAULT}"
-    room = _LONGEST - len(before) - len(after)
-    print(before + _short(text, room) + after, file=sys.stderr, flush=True)
+    room = MESSAGE - len(before) - len(after)
+    print(before + one_line(error, room) + after, file=sys.stderr, flush=True)
     os._exit(1)  # a regular exit would wait for processes that are no more
-
-
-def _short(text: str, limit: int) -> str:
-    """The text, without its middle where it is longer."""
-    half = (limit - 5) // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"

@@ -13,10 +13,11 @@ from peanut_jax.base.torch_names import slots
 from peanut_jax.base.whole import digests
 from peanut_jax.files.atomic import write_text
 from peanut_jax.files.untrusted import read_json
+from peanut_jax.messages import one_line
 from peanut_jax.run_checkpoints import ABOUT, differences
 from peanut_jax.trainer.config import Run, binding
 from peanut_jax.trainer.rows import earlier_identity, identity
-from peanut_jax.trainer.run_folder import IDENTITY, brief, read_run
+from peanut_jax.trainer.run_folder import IDENTITY, read_run
 from peanut_jax.trainer.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,10 @@ def kept_identity(folder: Path, *, tell: bool = False) -> dict[str, Any] | None:
         except ValueError:
             raise ValueError(
                 f"{path} is damaged or missing, and run.json does not say either what the checkpoints are of "
-                f"({brief(error)}): restore one of the two from a backup, or start in another folder"
+                f"({one_line(error)}): restore one of the two from a backup, or start in another folder"
             ) from error
         if tell:
-            logger.warning("%s is damaged or missing; what run.json says is used instead: %s", path, brief(error))
+            logger.warning("%s is damaged or missing; what run.json says is used instead: %s", path, one_line(error))
         return kept
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 import peanut_jax as pj
 from peanut_jax.files.atomic import write_text
 from peanut_jax.files.untrusted import read_json
+from peanut_jax.messages import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +159,9 @@ def read_run(folder: Path, *, tell: bool = False) -> dict[str, Any]:
         try:
             content = _read(folder / COPY)
         except (OSError, ValueError):
-            raise ValueError(f"{folder / RUN} cannot be read, nor is there a whole copy: {brief(error)}") from error
+            raise ValueError(f"{folder / RUN} cannot be read, nor is there a whole copy: {one_line(error)}") from error
         if tell:
-            logger.warning("%s is damaged, its copy is used: %s", folder / RUN, brief(error))
+            logger.warning("%s is damaged, its copy is used: %s", folder / RUN, one_line(error))
         return content
 
 
@@ -172,12 +173,6 @@ def _read(path: Path) -> dict[str, Any]:
     if "config" not in content:
         raise ValueError(f"{path} holds no config")
     return content
-
-
-def brief(error: BaseException, limit: int = 120) -> str:
-    """An error in one line of so many characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def update_run(folder: Path, run: Mapping[str, Any], **fields: Any) -> None:
