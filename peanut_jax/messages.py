@@ -16,6 +16,7 @@ def short(value: Any, limit: int = VALUE) -> str:
     """The `repr` of a value in at most `limit` characters, in time that does not grow with the value.
 
     Examples:
+        >>> from peanut_jax.messages import short
         >>> short("q_proj")
         "'q_proj'"
         >>> len(short("x" * 10**6))
@@ -48,6 +49,7 @@ def one_line(what: object, limit: int = LINE) -> str:
     file and the cause, and one that was not meant for people with its type.
 
     Examples:
+        >>> from peanut_jax.messages import one_line
         >>> one_line(FileNotFoundError(2, "No such file or directory", "a.json"))
         'a.json: No such file or directory'
         >>> one_line(KeyError("hidden_size"))

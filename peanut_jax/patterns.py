@@ -16,7 +16,8 @@ from typing import Any
 from peanut_jax.messages import short
 
 LENGTH = 2000  # characters of an expression
-SECONDS = 3
+SECONDS = 3  # of a processor
+_WALL_SECONDS = 30
 # Characters, times positions at which each quantifier may stop, times alternatives: some 0.2 s of matching.
 _PATHS = 2e7
 # No character beyond ASCII, no escapes that make one, and no group that is repeated.
@@ -29,7 +30,8 @@ import json, re, sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-except (ImportError, ValueError, OSError):
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+except (ImportError, ValueError, OSError):  # the wall clock ends it where processes have no such limits
     pass
 expressions, names = json.load(sys.stdin)
 try:
@@ -77,6 +79,7 @@ def matching(field: str, patterns: Sequence[str], names: Iterable[str], form: st
         ValueError: a pattern that is not a regular expression, is longer than `LENGTH` or takes longer than `SECONDS`.
 
     Examples:
+        >>> from peanut_jax.patterns import matching
         >>> matching("layers_pattern", ["layers", "h"], ["h.3.mlp"], r"({})\\.(?P<index>\\d+)\\..*")
         {'h.3.mlp': (1, {'index': '3'})}
     """
@@ -122,15 +125,19 @@ def _paths(expressions: Sequence[str], names: Sequence[str]) -> float:
 def _in_a_process(field: str, patterns: Sequence[str], whole: Sequence[str], names: Sequence[str]) -> Found:
     try:
         ran = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD],
-            input=json.dumps([whole, names]), capture_output=True, text=True, timeout=SECONDS, check=False,
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD, str(SECONDS)],
+            input=json.dumps([whole, names]), capture_output=True, text=True, timeout=_WALL_SECONDS, check=False,
         )  # fmt: skip
-        answer = json.loads(ran.stdout or '{"error": "it takes too much memory"}')
-    except subprocess.TimeoutExpired as error:
+        status, output = ran.returncode, ran.stdout
+    except subprocess.TimeoutExpired:
+        status, output = -1, ""
+    if status != 0 or not output:
+        much = f"{SECONDS} s" if status < 0 else "1 GiB"
         raise ValueError(
-            f"{field} has the regular expression {_shown(patterns)}, which takes more than {SECONDS} s to match; list "
-            "the module names instead"
-        ) from error
+            f"{field} has the regular expression {_shown(patterns)}, which takes more than {much} to match; list the "
+            "module names instead"
+        )
+    answer = json.loads(output)
     if "error" in answer:
         raise _not_one(field, patterns, answer["error"])
     return {name: (i, groups) for name, (i, groups) in answer["found"].items()}

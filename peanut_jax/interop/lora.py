@@ -260,12 +260,12 @@ def _stacked(rows: Mapping[int, LowRank], stack: tuple[int, ...]) -> LowRank:
         return rows[0]
     rank = max(left.shape[-1] for left, _ in rows.values())
     some_left, some_right = next(iter(rows.values()))
-    left = jnp.zeros((*stack, some_left.shape[0], rank), jnp.float32)
-    right = jnp.zeros((*stack, rank, some_right.shape[1]), jnp.float32)
+    left = np.zeros((*stack, some_left.shape[0], rank), np.float32)
+    right = np.zeros((*stack, rank, some_right.shape[1]), np.float32)
     for row, (one_left, one_right) in rows.items():
-        left = left.at[row, :, : one_left.shape[-1]].set(one_left)
-        right = right.at[row, : one_right.shape[0]].set(one_right)
-    return LowRank(left, right)
+        left[row, :, : one_left.shape[-1]] = one_left
+        right[row, : one_right.shape[0]] = one_right
+    return LowRank(jnp.asarray(left), jnp.asarray(right))
 
 
 def _relative_error(got: LowRank, want: LowRank) -> np.ndarray:
