@@ -200,7 +200,7 @@ def test_a_finite_point_between_nans_can_be_seen(tmp_path):
 
 
 def test_a_metric_whose_name_is_no_formula(tmp_path):
-    write(tmp_path, [(1, {"eval/$x_{": 1.0})])
+    write(tmp_path, [(1, {"eval/$x_{$": 1.0})])
     assert plot_curves(tmp_path).exists()
 
 
