@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from peanut_jax.files.hub import Tensors
 from peanut_jax.files.safetensors import finite
-from peanut_jax.files.torch_checkpoint import HEAD
 from peanut_jax.models import hf_faults, hf_init
 
 logger = logging.getLogger(__name__)
@@ -29,9 +28,6 @@ BUFFERS = re.compile(
     r"|EncDecAttention\.relative_attention_bias\.weight$"  # of old T5 checkpoints, read by nobody
     r"|(^|\.)pooler\."  # PyTorch's class for such a task has none either
 )
-
-# How classes that project to the vocabulary are called.
-_LANGUAGE_MODELS = ("ForConditionalGeneration", "LMHeadModel", "ForCausalLM")
 
 Keys = tuple[str, ...]
 
@@ -59,7 +55,6 @@ def read_params(
     paths = {name: tuple(name.split("."))[start if is_flax else 0 :] for name in tensors}
     placed, left_over = _place(tensors, paths, is_flax, shapes, model.base_model_prefix)
     _check_left_over(model, left_over, placed)
-    _check_tied_head(model, tensors, placed, shapes)
     drawn = _within(new_modules, shapes)
     missing = shapes.keys() - placed.keys() - drawn
     if new_head:
@@ -116,22 +111,6 @@ def _check_left_over(model: Any, left_over: Tensors, placed: Mapping[Keys, np.nd
         raise ValueError(
             f"{_name(model)} has no place for {len(names)} tensors of the checkpoint's base, which it then "
             f"computes without: {', '.join(names[:5])}. {hf_faults.way_out(model.config.model_type)}"
-        )
-
-
-def _check_tied_head(
-    model: Any, tensors: Tensors, placed: Mapping[Keys, np.ndarray], shapes: Mapping[Keys, Any]
-) -> None:
-    """Refuse a head of the checkpoint's own where the Flax class computes with the embedding in its place."""
-    head = tensors.get(HEAD)
-    if head is None or not _name(model).endswith(_LANGUAGE_MODELS) or any("lm_head" in path for path in shapes):
-        return
-    embeddings = [tensor for path, tensor in placed.items() if path[-1] == "embedding"]
-    if not any(np.array_equal(head, one) for one in embeddings):
-        raise ValueError(
-            f"{_name(model)} ties its head to its embedding, and the checkpoint's {HEAD!r} differs from it: set "
-            "tie_word_embeddings to false in config.json if the head is meant, or take the head out of the file if "
-            "the embedding is"
         )
 
 

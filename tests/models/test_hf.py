@@ -249,25 +249,6 @@ def test_hub_name(bert, monkeypatch, tmp_path, flax):
 # ---- every parameter accounted for
 
 
-@pytest.mark.parametrize(("model_type", "task"), [("t5", "seq2seq-lm"), ("gpt2", "causal-lm")])
-def test_a_tied_head_is_the_embedding(model_type, task, tmp_path):
-    """A copy in the file is fine, and of no concern to a model without a head; another matrix would be left out."""
-    save(make_torch(model_type), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    head = next(array for name, array in tensors.items() if name.endswith(("shared.weight", "wte.weight")))
-
-    def load(head, task):
-        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        return hf.load(tmp_path, task)
-
-    load(head, task)
-    load(head + 1e-3, "base")
-    with pytest.raises(
-        ValueError, match=r"ties its head to its embedding, and the checkpoint's 'lm_head\.weight' differs"
-    ):
-        load(head + 1e-3, task)
-
-
 def test_new_head_depends_on_the_seed_and_is_reported(bert, caplog):
     def load(seed):
         return hf.load(bert, "sequence-classification", seed=seed, num_labels=5)[1]
