@@ -28,7 +28,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{ABOUT} is damaged ({one_line(error)}); restore it or use another folder") from error
+        raise ValueError(f"{ABOUT} is damaged ({one_line(error, 300)}); restore it or use another folder") from error
 
 
 def check_about(folder: Path, about: Mapping[str, Any]) -> None:
