@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peanut_jax.messages import short
 from peanut_jax.trainer.config import EXCLUSIVE, Run
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _changed(run: Run, changes: Sequence[str], path: Path, told: Sequence[str] |
         holder = getattr(run, part, None) if dot else run
         known = dataclasses.is_dataclass(holder) and field in vars(holder)
         if not equals or not known or dataclasses.is_dataclass(getattr(holder, field)):
-            raise ValueError(f"--set takes a field of the config, such as loop.steps=100, got {change!r}")
+            raise ValueError(f"--set takes a field of the config, such as loop.steps=100, got {short(change)}")
         parts.setdefault(part, {})[field] = _value(text)
     replaced = _replace_counterparts(run, parts)
     own: Any = parts.pop("", {})

@@ -54,7 +54,7 @@ def _read_hub(source: str) -> datasets.Dataset:
     if not colon:
         raise ValueError(
             f"data must be a {', '.join(_READERS)} file or NAME:SPLIT of the hub, such as nyu-mll/glue/sst2:train, "
-            f"got {source!r}"
+            f"got {short(source)}"
         )
     parts = name.split("/")
     with _named(source):
