@@ -4,9 +4,9 @@
 
 A case damages one file of a folder that can be read (`benchmarks.damage`) and reads it. It is bad where what comes out
 is neither a result of finite arrays nor a ValueError, NotImplementedError or OSError of at most 500 characters on one
-line; where it takes over ten seconds or a gigabyte; or where a file is changed, made or lost. Cases are drawn from
-`--seed` and their number: `--only NUMBER` runs one again, with its traceback. One JSON line a bad case, and one at the
-end.
+line; where it takes over ten seconds of a processor (sixty by the clock) or a gigabyte; or where a file is changed, made
+or lost. Cases are drawn from `--seed` and their number: `--only NUMBER` runs one again, with its traceback. One JSON line
+a bad case, and one at the end.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def _one(number: int, subject: Subject, draw: random.Random, folder: Path) -> Ca
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
-    before, memory, began = _state(folder), _megabytes(), time.perf_counter()
+    before, memory, began = _state(folder), _megabytes(), time.process_time()
     wrong, outcome, trace = None, "read", ""
     try:
         with _limited(SECONDS):
@@ -86,7 +86,7 @@ def _one(number: int, subject: Subject, draw: random.Random, folder: Path) -> Ca
         trace = str(error) if wrong else ""
     except (Exception, Hang) as error:  # what a reader let through is what is looked for
         outcome, wrong, trace = type(error).__name__, f"raw {type(error).__name__}", traceback.format_exc()[-3000:]
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     if wrong is None and _megabytes() - memory > MEGABYTES:
         wrong = f"{_megabytes() - memory:.0f} MB"
     if wrong is None and outcome != "read" and _state(folder) != before:
@@ -99,14 +99,18 @@ def _limited(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Hang(f"over {seconds} s")
 
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 6 * seconds)}
+    earlier = {number: signal.signal(number, stop) for number in timers}
+    for timer, after in timers.values():
+        signal.setitimer(timer, after)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
+        for timer, _ in timers.values():
+            signal.setitimer(timer, 0)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _unreadable(message: str) -> str | None:
