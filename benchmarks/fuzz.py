@@ -4,9 +4,9 @@
 
 A case damages one file of a folder that can be read (`benchmarks.damage`) and reads it. It is bad where what comes out
 is neither a result of finite arrays nor a ValueError, NotImplementedError or OSError of at most 500 characters on one
-line; where it takes over ten seconds of a processor (sixty by the clock) or a gigabyte; or where a file is changed, made
-or lost. Cases are drawn from `--seed` and their number: `--only NUMBER` runs one again, with its traceback. One JSON line
-a bad case, and one at the end.
+line; where it takes over ten seconds of a processor (sixty by the clock) or a gigabyte; or where a file is changed,
+made or lost. Cases are drawn from `--seed` and their number: `--only NUMBER` runs one again, with its traceback. One
+JSON line a bad case, and one at the end.
 """
 
 import argparse
