@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "linear", "constant")
 NONFINITE = ("stop", "skip")
 # Fields of the loop that may change when a run is resumed.
-_FREE_OF_LOOP = ("log_every", "eval_every", "save_every", "keep_last", "nonfinite", "max_skipped")
+_FREE_OF_LOOP = ("steps", "epochs", "log_every", "eval_every", "save_every", "keep_last", "nonfinite", "max_skipped")
 # Two ways to say one thing: of each pair one is given, and the other is None.
 EXCLUSIVE = {"loop.steps": "loop.epochs", "loop.epochs": "loop.steps"}
 
@@ -231,13 +231,9 @@ class Run:
 def binding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config, as `Run.as_json` gives it, that a resume must share.
 
-    All but those that say how, and not what, is computed, and the number of steps where the learning rate of a step
-    does not depend on it.
+    All but those that say how, and not what, is computed, and how long.
     """
     content = {name: value for name, value in config.items() if name not in ("mesh", "rules")}
-    loop, optimizer = config.get("loop"), config.get("optimizer")
-    if isinstance(loop, Mapping):
-        constant = isinstance(optimizer, Mapping) and optimizer.get("schedule") == "constant"
-        free = (*_FREE_OF_LOOP, "steps", "epochs") if constant else _FREE_OF_LOOP
-        content["loop"] = {name: value for name, value in loop.items() if name not in free}
+    if isinstance(loop := config.get("loop"), Mapping):
+        content["loop"] = {name: value for name, value in loop.items() if name not in _FREE_OF_LOOP}
     return content

@@ -1,5 +1,6 @@
 """What a run is: its config, its base and its data, by which a resume is told from another run."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +118,22 @@ def check_identity(there: Mapping[str, Any], here: Mapping[str, Any], run: Run, 
         )  # fmt: skip
 
 
+def tell_new_length(folder: Path, run: Run, step: int) -> None:
+    """Logs a warning where a run that goes on after `step` is to have another number of steps than it began with, and
+    the learning rate depends on it."""
+    try:
+        earlier = read_run(folder)["config"].get("loop")
+    except ValueError:  # told where it is written anew
+        return
+    lengths = [(one.get("steps"), one.get("epochs")) for one in (earlier, dataclasses.asdict(run.loop)) if one]
+    if len(set(lengths)) == 2 and run.optimizer.schedule != "constant":
+        before, now = ("steps={} and epochs={}".format(*one) for one in lengths)
+        logger.warning(
+            "the run began with loop.%s and now has %s: after step %d the learning rate is that of a %s schedule over "
+            "the new length", before, now, step, run.optimizer.schedule,
+        )  # fmt: skip
+
+
 def _config_differences(there: Mapping[str, Any], run: Run) -> Iterator[str]:
     config, own = binding(there["config"]), run.identity()
     # Only a digest of all rows tells that another place holds the same data.
@@ -143,8 +160,6 @@ def _refuse(folder: Path, found: Sequence[str]) -> None:
     advice = "undo the change, or start in another folder"
     if all(one.startswith("data.") for one in found):
         advice = "rows were changed since the start: restore them, or start in another folder"
-    if any(one.startswith(("config.loop.steps", "config.loop.epochs")) for one in found):
-        advice += "; steps and epochs may change with optimizer.schedule='constant' alone"
     raise ValueError(f"{folder} holds another run (there, here): {told}: {advice}")
 
 

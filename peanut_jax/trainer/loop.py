@@ -22,6 +22,7 @@ from peanut_jax.trainer.identity import (
     identify,
     keep_identity,
     kept_identity,
+    tell_new_length,
 )
 from peanut_jax.trainer.judging import FRESH, due, is_over, judged
 from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
@@ -103,6 +104,8 @@ def train(
         checkpoints = stack.enter_context(_checkpoints(run, task, folder, here))
 
         def note(step: int) -> None:
+            if resume:
+                tell_new_length(folder, run, step)
             update_run(folder, run.as_json(), **{IDENTITY: here}, **_source(origin))
             if resume:
                 note_resume(folder, step)

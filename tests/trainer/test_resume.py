@@ -176,8 +176,8 @@ def test_other_changes_are_refused_by_name(copy, resume, changes, message):
     assert described(copy) == before
 
 
-def test_steps_of_a_schedule_that_spans_them_stay(copy, resume):
-    """As if the run had begun with a cosine."""
+def test_more_steps_of_a_schedule_that_spans_them_are_told(copy, resume):
+    """As if the run had begun with a cosine, also as an earlier version kept it."""
     for name in ("run.json", "checkpoints/about.json"):
         path = copy / "run" / name
         path.write_text(path.read_text().replace('"constant"', '"cosine"'))
@@ -185,11 +185,15 @@ def test_steps_of_a_schedule_that_spans_them_stay(copy, resume):
     about["config"]["loop"] |= {"steps": 4, "epochs": None}
     (copy / "run/checkpoints/about.json").write_text(json.dumps(about))
     code, told = resume("--set", "optimizer.schedule=cosine", "--set", "loop.steps=6")
-    assert code == 1
-    assert "config.loop.steps: 4, 6: " in told
-    assert "steps and epochs may change with optimizer.schedule='constant' alone" in told
-    code, told = resume("--set", "optimizer.schedule=cosine")
     assert code == 0, told
+    assert (
+        "the run began with loop.steps=4 and epochs=None and now has steps=6 and epochs=None: after step 4 the" in told
+    )
+    rates = [row["train/learning_rate"] for row in read_metrics(copy / "run")]
+    assert rates[4:] == [pytest.approx(0.05 * (1 + np.cos(np.pi * step / 6)), rel=1e-5) for step in (4, 5)]
+    code, told = resume()
+    assert code == 0, told
+    assert "began with" not in told
 
 
 def test_edits_of_the_config_file(copy, resume):
