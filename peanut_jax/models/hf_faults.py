@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peanut_jax.messages import one_line, short
 from peanut_jax.models.families import FAMILIES
 from peanut_jax.models.hf_copies import Change, calls_attention_weights, masks_each_row, rebuilt
 
@@ -131,6 +132,8 @@ ACTIVATION_FIELDS = (
 """Fields that name an activation, of which Flax has fewer than PyTorch."""
 
 DROPOUT_MASKS = ("torch", "flax")
+# Characters of an error that name the faults of a configuration.
+_TOLD = 280
 """How attention dropout draws: a mask for each row and head, or one for all of them."""
 
 COMPOSITES = ("encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder", "vision-text-dual-encoder")
@@ -151,7 +154,7 @@ def check(config: Any, task: str) -> None:
     parts = [getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name)]
     if faults := [fault for part in (config, *parts) for fault in _faults(part, task)]:
         raise ValueError(
-            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {'; '.join(faults)}. "
+            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {one_line('; '.join(faults), _TOLD)}. "
             f"{way_out(model_type)}"
         )
 
@@ -178,7 +181,7 @@ def _faults(config: Any, task: str) -> list[str]:
         value = getattr(config, field, None)
         if hasattr(config, field) and not (allowed(config) if callable(allowed) else value in allowed):
             right = allowed.__doc__ if callable(allowed) else " or ".join(map(repr, allowed))
-            faults.append(f"{field}={value!r} (right only: {right})")
+            faults.append(f"{field}={short(value)} (right only: {right})")
     return faults
 
 
