@@ -153,9 +153,9 @@ def check(config: Any, task: str) -> None:
         )
     parts = [getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name)]
     if faults := [fault for part in (config, *parts) for fault in _faults(part, task)]:
+        told = one_line("; ".join(faults), _TOLD)
         raise ValueError(
-            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {one_line('; '.join(faults), _TOLD)}. "
-            f"{way_out(model_type)}"
+            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {told}. {way_out(model_type)}"
         )
 
 
