@@ -155,7 +155,8 @@ def check(config: Any, task: str) -> None:
     if faults := [fault for part in (config, *parts) for fault in _faults(part, task)]:
         told = one_line("; ".join(faults), _TOLD)
         raise ValueError(
-            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {told}. {way_out(model_type)}"
+            f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {told}. "
+            f"{way_out(model_type)}"
         )
 
 
