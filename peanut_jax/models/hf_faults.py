@@ -153,7 +153,9 @@ def check(config: Any, task: str) -> None:
         )
     parts = [getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name)]
     if faults := [fault for part in (config, *parts) for fault in _faults(part, task)]:
-        told = one_line("; ".join(faults), _TOLD)
+        told = "; ".join(f"{fault} (right only: {right})" for fault, right in faults)
+        if len(told) > _TOLD:  # then without what would be right, to name all of them
+            told = one_line("; ".join(fault for fault, _ in faults), _TOLD)
         raise ValueError(
             f"transformers' Flax class for {model_type!r} would run this checkpoint wrongly: {told}. "
             f"{way_out(model_type)}"
@@ -167,7 +169,8 @@ def way_out(model_type: str) -> str:
     return f"Train {model_type!r} in PyTorch with HF PEFT instead"
 
 
-def _faults(config: Any, task: str) -> list[str]:
+def _faults(config: Any, task: str) -> list[tuple[str, str]]:
+    """`field=value` of each field that is wrong, and what would be right."""
     from transformers.modeling_flax_utils import ACT2FN
 
     named = [field for field in ACTIVATION_FIELDS if isinstance(getattr(config, field, None), str)]
@@ -182,7 +185,7 @@ def _faults(config: Any, task: str) -> list[str]:
         value = getattr(config, field, None)
         if hasattr(config, field) and not (allowed(config) if callable(allowed) else value in allowed):
             right = allowed.__doc__ if callable(allowed) else " or ".join(map(repr, allowed))
-            faults.append(f"{field}={short(value)} (right only: {right})")
+            faults.append((f"{field}={short(value, 40)}", f"{right}"))
     return faults
 
 
