@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from peanut_jax.files.atomic import close_after
 from peanut_jax.messages import one_line
 from peanut_jax.run_checkpoint_about import (
     ABOUT,
@@ -45,7 +46,7 @@ from peanut_jax.run_checkpoint_leaves import (
 )
 from peanut_jax.training import TrainState
 
-__all__ = ["ABOUT", "Checkpoints", "differences", "listed", "read_about"]
+__all__ = ["ABOUT", "Checkpoints", "differences", "read_about"]
 
 logger = logging.getLogger(__name__)
 
@@ -214,13 +215,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except OSError as error:
-            # The error that ended the block is the one to be seen.
-            if kind is None:
-                raise
-            logger.error("%s", error)
+        close_after(self.close, kind, logger.error)
 
     def _restore(self, steps: Sequence[int], like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         steps = _of_first_process(steps)

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -24,6 +24,19 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def close_after(
+    close: Callable[[], None], kind: type[BaseException] | None, tell: Callable[[str, object], None]
+) -> None:
+    """Closes what a `with` block had; an OSError of it is logged by `tell` where the block ended by an error of `kind`,
+    which is the one to be seen."""
+    try:
+        close()
+    except OSError as error:
+        if kind is None:
+            raise
+        tell("%s", error)
 
 
 @contextlib.contextmanager

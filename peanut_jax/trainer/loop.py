@@ -78,7 +78,7 @@ def train(
         task: What `run.task.build` gave; None builds it.
         programs: From `compile_programs`, for this run or one with another seed; None compiles them.
         quiet: Show no progress.
-        origin: Where `run` came from, from `read_run_config`; kept in run.json, for `--resume` to read it again.
+        origin: Where `run` came from, from `reading.read_for`; kept in run.json, for `--resume` to read it again.
 
     Returns:
         Where it ended: after the last step, or early by `patience` or a signal, with everything saved.
@@ -98,9 +98,8 @@ def train(
         here, state = identify(run, task), first_state(run, task)
         if programs is None and not resume:
             programs = compile_programs(run, task, state)
-        on_first(
-            lambda: _claim(run, folder, origin)
-        )  # late: a start that fails before this leaves the folder as it was
+        # Late: a start that fails before this leaves the folder as it was.
+        on_first(lambda: _claim(run, folder, origin))
         checkpoints = stack.enter_context(_checkpoints(run, task, folder, here))
 
         def note(step: int) -> None:

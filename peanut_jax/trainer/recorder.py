@@ -10,7 +10,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from peanut_jax.files.atomic import naming
+from peanut_jax.files.atomic import close_after, naming
 from peanut_jax.trainer.metrics_file import METRICS, drop_after, line
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,4 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except OSError as error:
-            # The error that ended the block is the one to be seen.
-            if kind is None:
-                raise
-            logger.warning("%s", error)
+        close_after(self.close, kind, logger.warning)
