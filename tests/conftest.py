@@ -7,6 +7,9 @@ import os
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
+# libtpu is installed as a compiler, and there is no TPU to look for.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from beartype import beartype
