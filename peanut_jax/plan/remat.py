@@ -84,7 +84,7 @@ def fitting_plan(
         smallest = min(smallest, found.total)
     raise DoesNotFit(
         f"the step fits with no remat policy: it takes {smallest / 1e9:,.2f} GB or more, and {room / 1e9:,.2f} GB of a "
-        "device are to be used: fewer or shorter rows, more microbatches or more devices along fsdp and tensor take less",
+        "device are to be used. Fewer or shorter rows, more microbatches, more devices along fsdp or tensor take less",
         smallest, room,
     )  # fmt: skip
 

@@ -223,7 +223,7 @@ def _rate(setting: Setting, plan: Plan, chip: Chip) -> float:
 def _nothing(smallest: float, chip: Chip, room: float, count: int) -> DoesNotFit:
     return DoesNotFit(
         f"nothing fits {count} of these chips: the smallest step found takes {smallest / 1e9:,.2f} GB a device, and "
-        f"{room / 1e9:,.2f} of its {chip.memory / 1e9:,.2f} GB are to be used: more chips, shorter rows, a chip with more "
-        "memory or less headroom would help",
+        f"{room / 1e9:,.2f} of its {chip.memory / 1e9:,.2f} GB are to be used: more chips, shorter rows, a chip with "
+        "more memory or less headroom would help",
         smallest, room,
     )  # fmt: skip
