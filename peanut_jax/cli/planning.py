@@ -142,8 +142,8 @@ def _show_search(args: argparse.Namespace, found: Sequence[Proposal], title: str
 
 def _estimates() -> str:
     return (
-        f"Time is an estimate: FLOPs at {COMPUTE_SHARE:.0%} of the chip's peak, then collectives at {LINK_SHARE:.0%} of its "
-        "links, not overlapped."
+        f"Time is an estimate: FLOPs at {COMPUTE_SHARE:.0%} of the chip's peak, then collectives at {LINK_SHARE:.0%} "
+        "of its links, not overlapped."
     )
 
 
@@ -187,9 +187,7 @@ def _mesh_count(args: argparse.Namespace) -> int:
     if count < 1:
         raise ValueError(f"--mesh {args.mesh!r}: give the size of every axis; there are no devices to fill -1 from")
     if args.slice is not None and (chips := parse_slice(args.slice)[1]) != count:
-        raise ValueError(
-            f"--mesh {args.mesh!r} has {count:,} places and {args.slice} has {chips:,} chips: as many of either"
-        )
+        raise ValueError(f"--mesh {args.mesh!r} has {count:,} places and {args.slice} {chips:,} chips: make them equal")
     return _checked_count(count, f"--mesh {args.mesh!r}")
 
 

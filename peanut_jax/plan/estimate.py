@@ -1,14 +1,15 @@
 """A quick plan from the sizes alone, without a compiler: which meshes, batches and policies are worth compiling.
 
 What goes in (base, adapters, optimizer, batch) is exact. Per device, of b rows of T tokens, with the mesh's sizes f of
-fsdp and t of tensor, the temporaries are the sum of
+fsdp and t of tensor, the temporaries are what is kept through the step,
 
     what each layer keeps for the backward pass    layers * b * T * (kept elements of a token)
-    one layer's own arrays                         b * T * (its elements), in the forward and the backward pass
-    gathered kernels of two layers                 2 * kernels of a layer / t, where f > 1
-    the gathered embedding or head                 vocab * hidden / t, where f > 1
     the factors' gradients                         layers * r * (d_in + d_out of each adapted kernel)
-    the loss's logits                              2 * chunk * vocab / t in float32
+
+and the larger of what a layer and what the loss takes besides:
+
+    one layer's own arrays, and gathered kernels   b * T * (its elements), and 2 * kernels of a layer / t where f > 1
+    the gathered head, and logits                  vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t in float32
 
 and FLOPs are 2 a parameter and token in the forward pass, 2 for the activations' gradients, and 2 for what is
 recomputed; the scores of attention come on top.
@@ -37,10 +38,12 @@ SURELY = 0.6
 # fitted to compiled steps.
 _NONE_HIDDEN, _NONE_WIDE = 6, 3
 _OWN_HIDDEN, _OWN_HEADS, _OWN_WIDE = 4, 2, 3
-# The same of attention's scores.
+# Tokens of a row up to which attention on CPU forms its scores whole, and arrays of their size: kept under "none", and
+# while a layer is computed.
+_WHOLE_SCORES = 1024
 _SCORES_KEPT, _SCORES = 1, 2
 # Arrays of the logits' size that live at a time.
-_LOGITS = 2
+_LOGITS = 1.5
 
 
 class Share(NamedTuple):
@@ -156,8 +159,13 @@ def _kept(config: DecoderConfig, share: Share) -> float:
     kept = 2 * hidden + products / share.tensor + len(share.targets) * share.rank
     if config.remat == "none":
         kept += _NONE_HIDDEN * hidden + (2 * queries + 2 * keys + _NONE_WIDE * wide) / share.tensor
-        kept += _SCORES_KEPT * share.seq * config.num_attention_heads / share.tensor
+        kept += _SCORES_KEPT * _keys(share) * config.num_attention_heads / share.tensor
     return kept  # what "dots" keeps, at most, for a policy between it and "full"
+
+
+def _keys(share: Share) -> int:
+    """Scores that a query's head holds at a time; none where attention goes by blocks."""
+    return share.seq if share.seq <= _WHOLE_SCORES else 0
 
 
 def _temporary(config: DecoderConfig, share: Share) -> int:
@@ -165,11 +173,11 @@ def _temporary(config: DecoderConfig, share: Share) -> int:
     layers, gathers = config.num_hidden_layers, share.fsdp > 1
     kept = layers * (share.tokens * _kept(config, share) + share.rank * _sides(share))
     own = _OWN_HIDDEN * hidden + (_OWN_HEADS * (queries + keys) + _OWN_WIDE * wide) / share.tensor
-    own += _SCORES * share.seq * config.num_attention_heads / share.tensor
-    kernels = 2 * gathers * _layer_kernels(config) / share.tensor
-    end = gathers * config.vocab_size * hidden / share.tensor
-    logits = 4 * _LOGITS * min(share.tokens, CHUNK) * config.vocab_size / share.tensor
-    return round(share.item * (kept + share.tokens * own + kernels + end) + logits)
+    own += _SCORES * _keys(share) * config.num_attention_heads / share.tensor
+    layer = share.item * (share.tokens * own + 2 * gathers * _layer_kernels(config) / share.tensor)
+    end = share.item * gathers * config.vocab_size * hidden / share.tensor
+    loss = end + 4 * _LOGITS * min(share.tokens, CHUNK) * config.vocab_size / share.tensor
+    return round(share.item * kept + max(layer, loss))
 
 
 def _sides(share: Share) -> int:
@@ -182,7 +190,8 @@ def _flops(config: DecoderConfig, share: Share) -> int:
     hidden, wide, queries, _ = _widths(config)
     again = config.remat == "full"
     kernels = 2 * _layer_kernels(config) * (2 + again) - 2 * again * hidden * wide
-    scores = 4 * share.seq * queries * (3 if config.remat == "none" else 4)
+    seen = (_keys(share) or share.seq / 2) * queries
+    scores = 4 * seen * (3 if config.remat == "none" else 4)
     thin = 2 * share.rank * _sides(share) * (3 + again)
     head = 2 * config.vocab_size * hidden * (3 if share.tokens > CHUNK else 2)
     return round(share.tokens * (config.num_hidden_layers * (kernels + scores + thin) + head) / share.tensor)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -161,20 +160,6 @@ def held_bytes(compiled: jax.stages.Compiled) -> int | None:
         return None
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-
-
-@contextlib.contextmanager
-def quiet_compiler() -> Iterator[None]:
-    """Drops what C++ prints on stderr within the block, such as the stack trace of an error that Python gets too."""
-    shown = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(shown, 2)
-        os.close(shown)
 
 
 def device_bytes(shapes: PyTree) -> int:
