@@ -36,9 +36,8 @@ _ROWS: Mapping[str, tuple[Any, ...]] = {
     "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000, False, 4096, 1e4),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, True, 131072, 5e5),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True, 131072, 5e5),
-    # Every shape at once in little: grouped heads, an odd number of layers, a head of its own.
-    "toy": (64, 160, 3, 4, 2, 16, 512, False, 512, 1e4),
-    "toy-tied": (64, 160, 2, 4, 2, 16, 512, True, 512, 1e4),
+    # For a run on CPU: grouped heads, a tied head.
+    "toy": (64, 160, 2, 4, 2, 16, 512, True, 512, 1e4),
 }
 _ROPE_SCALING: Mapping[str, Mapping[str, Any]] = {
     "llama-3.2-3b": {**_LLAMA3_ROPE, "factor": 32.0},
@@ -48,6 +47,8 @@ _ROPE_SCALING: Mapping[str, Mapping[str, Any]] = {
 NAMES = tuple(_ROWS)
 # The targets of the paper's LLM runs, which HF PEFT's names are too.
 FIVE_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# Every linear layer but the head: PEFT's "all-linear", and "*_proj" of NeMo's recipe.
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def fields(name: str, **changes: Any) -> dict[str, Any]:
