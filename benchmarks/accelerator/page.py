@@ -126,7 +126,7 @@ _STEP_NOTE = (
 _TORCH: tuple[Column, ...] = (
     *_STEP[:2],
     *_STEP[3:6],
-    ("peak, GiB", _number("peak_bytes_of_process", "{:.2f}", 1 / GIB)),
+    ("peak, GiB", _number("peak_bytes", "{:.2f}", 1 / GIB)),
 )
 _ATTENTION: tuple[Column, ...] = (
     ("setting", _text("setting")),

@@ -1,6 +1,5 @@
 """A section in a process of its own: its lines as they come, a time limit, and why it ended."""
 
-import contextlib
 import json
 import os
 import queue
@@ -62,16 +61,17 @@ def run(
 
 
 def _read(pipe: IO[str], lines: "queue.Queue[str | None]") -> None:
-    for text in pipe:
-        lines.put(text)
+    with pipe:
+        for text in pipe:
+            lines.put(text)
     lines.put(None)
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends the process's whole session, so that nothing it started holds the device."""
-    with contextlib.suppress(ProcessLookupError):
+    """Ends a process that still runs and its whole session, so that nothing it started holds the device."""
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        process.wait()
 
 
 def _reason(code: int) -> str | None:

@@ -69,7 +69,7 @@ class Record:
             reason = f"{max(0.0, self.seconds_left):.0f} s were left, and it takes about {needs:.0f} s"
             self._write({**line, "status": "skipped", "reason": reason})
             return None
-        self._write({"started": case})
+        self._write({"section": self._section, "started": case})
         began = time.monotonic()
         line |= self._outcome(work)
         self.out_of_memory = line.get("reason", "").startswith(OUT_OF_MEMORY)

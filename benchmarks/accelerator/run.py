@@ -30,8 +30,8 @@ class Plan:
     limit: float
 
 
-ENVIRONMENT = Plan(("environment",), 5.0, 90.0)
-
+# The first start of a fresh machine reads gigabytes of libraries from its disk.
+ENVIRONMENT = Plan(("environment",), 5.0, 180.0)
 
 KINDS = ("environment", "step", "torch", "decode", "roads", "remat", "attention", "merge", "load")
 # Seconds; of a section that is not named, the last.
@@ -40,11 +40,9 @@ _LIMITS = {"step": 240.0, "torch": 120.0, "load": 120.0, "profile": 120.0, "": 1
 
 def sections_of(sizes_name: str) -> tuple[str, ...]:
     """The sections but the environment in their order: what matters most first, for time may run out."""
-    sizes = SIZES[sizes_name]
-    first, *more = [f"step/{name}" for name in sizes.steps]
-    late = [name for name in more if name.endswith("-short")]
-    early = [name for name in more if name not in late]
-    return (first, *early, "torch", "decode", "roads", "remat", "attention", "merge", "load", *late)
+    steps = SIZES[sizes_name].steps.items()
+    early, late = ([f"step/{name}" for name, step in steps if step.late is late] for late in (False, True))
+    return (*early, "torch", "decode", "roads", "remat", "attention", "merge", "load", *late)
 
 
 def plans(sizes_name: str, only: Sequence[str], profile: bool) -> list[Plan]:
@@ -68,15 +66,15 @@ class Results:
 
     def __init__(self, file: IO[str], tell: Callable[[str], None]):
         self.lines: list[dict[str, Any]] = []
-        self.running = ""
+        self.running: dict[str, Any] = {}
         self._file, self._tell = file, tell
 
     def take(self, line: dict[str, Any]) -> None:
         """A line of a child: a result, or the case that it has begun."""
         if "started" in line:
-            self.running = line["started"]
+            self.running = {"section": line["section"], "case": line["started"]}
             return
-        self.running = ""
+        self.running = {}
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -122,9 +120,17 @@ def one(plan: Plan, results: Results, context: Context, log: IO[str], deadline: 
         reason = process.run(arguments, process.environment(plan.sections[0]), log, seconds, results.take)
     finally:
         if reason is not None:
-            section = plan.sections[0]
-            case = results.running or section
-            results.take({"section": section, "case": case, "status": "failed", "reason": reason})
+            _ended(plan, results, reason)
+
+
+def _ended(plan: Plan, results: Results, reason: str) -> None:
+    """Lines for a process that did not end well: the case that it was at, and the sections that it never reached."""
+    first = plan.sections[0]
+    results.take({**(results.running or {"section": first, "case": first}), "status": "failed", "reason": reason})
+    told = {line["section"] for line in results.lines}
+    for section in plan.sections:
+        if section not in told:
+            results.take({"section": section, "case": section, "status": "skipped", "reason": "its process had ended"})
 
 
 def sizes_of(results: Results) -> str | None:

@@ -16,6 +16,7 @@ class Step:
         methods: "lora", or "peanut-D" for PEANuT of depth D; compared with the first.
         remat: As in `DecoderConfig`, tried in turn: the first that fits the memory is measured.
         clip: Largest norm of the gradient.
+        late: Measured after everything else, where there is time.
     """
 
     shapes: str
@@ -26,6 +27,7 @@ class Step:
     methods: tuple[str, ...] = ("lora", "peanut-0", "peanut-2")
     remat: tuple[str, ...] = ("none", "dots", "full")
     clip: float | None = None
+    late: bool = False
 
     @property
     def tokens(self) -> int:
@@ -117,6 +119,7 @@ FULL = Sizes(
             targets=("q_proj", "v_proj"),
             methods=("lora", "peanut-0"),
             clip=1.0,
+            late=True,
         ),
     },
     swept="llama-3-8b",

@@ -139,6 +139,7 @@ def _measure(context: Context, case: Case, params: PyTree, found: list[Stepper])
     began = time.perf_counter()
     train, start, batch = program(case, context.sizes.dtype)
     arguments = start(params), params, batch()
+    trained = pj.count(arguments[0].adapters)
     lowered = train.lower(*arguments)
     traced = time.perf_counter()
     compiled = lowered.compile()
@@ -150,7 +151,7 @@ def _measure(context: Context, case: Case, params: PyTree, found: list[Stepper])
     if not np.isfinite(stepper.loss):
         raise FloatingPointError(f"the loss after {len(times) + 1} steps is {stepper.loss}")
     found.append(stepper)
-    median, trained = float(np.median(times)), pj.count(arguments[0].adapters)
+    median = float(np.median(times))
     depth = None if case.method == "lora" else int(case.method.removeprefix("peanut-"))
     rates = {name: count / median / 1e12 for name, count in step_flops(case.step, depth, trained).items()}
     peak = context.peak_tflops

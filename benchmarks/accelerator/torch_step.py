@@ -45,6 +45,7 @@ def _measure(method: str, step: Step, context: Context, running: dict[str, Calla
     import torch
 
     on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     stepper = Stepper(method, step)
@@ -58,7 +59,7 @@ def _measure(method: str, step: Step, context: Context, running: dict[str, Calla
         "repeats": len(times),
         "spread": (max(times) - min(times)) / median,
         "tokens_per_second": step.tokens / median,
-        "peak_bytes_of_process": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else None,
         "trained": sum(p.numel() for p in stepper.model.parameters() if p.requires_grad),
         "attention": stepper.model.config._attn_implementation,
         "loss": stepper.loss,
