@@ -202,29 +202,45 @@ def test_sections_are_chosen_by_name_and_later_ones_know_the_earlier_results():
 
 
 DEVICE = {
-    "section": "environment", "case": "device", "status": "ok", "sizes": "full", "sizes_chosen_by": "the device",
-    "backend": "gpu", "device": "NVIDIA H200", "devices": 1, "memory_bytes": 128 * GIB, "driver": "580", "python": "3.12",
-    "cores": 16, "versions": {"jax": "0.11.2", "torch": None}, "flags": {},
-}  # fmt: skip
+    "section": "environment",
+    "case": "device",
+    "status": "ok",
+    "sizes": "full",
+    "sizes_chosen_by": "the device",
+    "backend": "gpu",
+    "device": "NVIDIA H200",
+    "devices": 1,
+    "memory_bytes": 128 * GIB,
+    "driver": "580",
+    "python": "3.12",
+    "cores": 16,
+    "versions": {"jax": "0.11.2", "torch": None},
+    "flags": {},
+}
+STEP = {
+    "section": "step/llama-3-8b",
+    "case": "a step",
+    "status": "ok",
+    "step": "llama-3-8b",
+    "shapes": "llama-3-8b",
+    "rows": 2,
+    "seq": 4096,
+    "rank": 16,
+    "method": "peanut-0",
+    "remat": "none",
+    "attention": "auto",
+    "median_seconds": 0.5,
+    "tokens_per_second": 14500.0,
+    "base_of_peak": 0.6,
+}
 
 
 def test_the_page_says_what_was_met_what_was_not_and_what_is_not_known():
-    name = "llama-3-8b"
-    step_line = {
-        "section": f"step/{name}", "case": "a", "status": "ok", "step": name, "shapes": name, "rows": 2, "seq": 4096, "rank": 16, "method": "peanut-0", "remat": "none", "attention": "auto", "median_seconds": 0.5,
-        "tokens_per_second": 14500.0, "base_of_peak": 0.6,
-    }  # fmt: skip
-    ratio = {"lora": 1.0, "peanut-0": 1.05}
+    ratios = {"case": "llama-3-8b ratios", "over": "lora", "seconds_over_first": {"lora": 1.0, "peanut-0": 1.05}}
     lines = [
         DEVICE,
-        step_line,
-        {
-            "section": "step/llama-3-8b",
-            "case": "llama-3-8b ratios",
-            "status": "ok",
-            "over": "lora",
-            "seconds_over_first": ratio,
-        },
+        STEP,
+        {"section": "step/llama-3-8b", "status": "ok", **ratios},
         {"section": "torch", "case": "torch", "status": "failed", "reason": "No module | named 'torch'"},
     ]
     text = page(lines)
