@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.base.kernels import BOUND, COLLECTION
 from peanut_jax.matrices import float32_dot
-from peanut_jax.models.attention import Mask, count_positions, make_mask, renumber
+from peanut_jax.models.attention import make_mask
+from peanut_jax.models.attention_sight import make_sight
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.head_loss import Chunk, chunked, cross_entropy, head_loss
@@ -74,19 +75,15 @@ class Decoder(nn.Module):
     def hidden(self, tokens, attention_mask=None, *, segments=None, positions=None):
         """What the head reads: [batch, seq, hidden_size]. Arguments as for `__call__`."""
         check_known("tokens", tokens, self.config.vocab_size, attention_mask, segments)
-        plain = attention_mask is None and segments is None and positions is None
-        real = jnp.ones_like(tokens, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        real = None if attention_mask is None else jnp.asarray(attention_mask, bool)
         if segments is not None:
-            real &= segments != 0
-            segments = renumber(jnp.asarray(segments))
-        positions = count_positions(real, segments) if positions is None else jnp.asarray(positions)
-        key_positions = jnp.where(real, positions, -1)
-        causal = plain and not any(self.config.windows)
-        mask = None if causal else make_mask(positions, key_positions, segments, segments)
-        if mask is not None:  # positions may begin again without segments, and still no token sees a later one
-            mask = Mask(jnp.tril(mask.allowed), mask.distance)
+            segments = jnp.asarray(segments)
+            real = segments != 0 if real is None else real & (segments != 0)
+        sight = make_sight(tokens.shape, real, segments, None if positions is None else jnp.asarray(positions))
+        ids = self._ids(tokens)
         # A padding id may lie outside the vocabulary, where an embedding is NaN, and 0 * NaN is NaN.
-        return self.model(jnp.where(real, self._ids(tokens), 0), positions, mask, None)[0]
+        ids = ids if real is None else jnp.where(real, ids, 0)
+        return self.model(ids, sight.positions, sight, None)[0]
 
     def step(
         self, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
@@ -188,6 +185,8 @@ def language_loss(model: Decoder, chunk: int = CHUNK) -> LossFn:
     """`loss_fn` for `make_train_step`: the mean cross-entropy of the labels that count, 0 where none does.
 
     Its batches hold `tokens`, `labels`, `weights` and `segments`, each [batch, seq], as `Decoder.loss` takes them.
+    Without `segments` each row is one sequence, padded on the right if at all, with weights of 0: attention is then
+    plainly causal, which kernels compute fastest.
     """
 
     def loss_fn(params: PyTree, batch: Any, key: Any) -> tuple[Array, dict[str, Array]]:
@@ -200,5 +199,5 @@ def language_loss(model: Decoder, chunk: int = CHUNK) -> LossFn:
 def summed_loss(model: Decoder, params: PyTree, batch: Any, chunk: int = CHUNK) -> tuple[Array, Array]:
     """The sum over such a batch, and the sum of its weights."""
     tokens, labels, weights = batch["tokens"], batch["labels"], batch["weights"]
-    segments = batch["segments"]
+    segments = batch.get("segments")
     return model.apply(params, tokens, labels, weights, segments=segments, chunk=chunk, method="loss")  # type: ignore[return-value]

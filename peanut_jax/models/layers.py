@@ -12,16 +12,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_policies
 from jaxtyping import Array, Float
 
 from peanut_jax.models.attention import attend
+from peanut_jax.models.attention_roads import attend_rows
+from peanut_jax.models.attention_sight import RESIDUALS, Window, layer_windows
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
-
-# Later than any position: the window of a layer that sees every key.
-_EVERYTHING = np.iinfo(np.int32).max // 2
 
 
 class RMSNorm(nn.Module):
@@ -60,12 +58,14 @@ class Attention(nn.Module):
             q = RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(k)
         q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
-        if cache is not None:
+        if cache is None:
+            y = attend_rows(q, k, v, mask, window, config.attention)
+        else:
             keys, values, filled = cache
             k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), filled, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), filled, axis=1)
             cache = k, v
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window, config.attention)
+            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window.limit(), config.attention)
         y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
         y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
         return y, cache
@@ -114,19 +114,24 @@ class Layers(nn.Module):
     def __call__(self, x, positions, mask, windows, cache):
         kept = []
         for i in range(self.config.num_hidden_layers):
-            window = None if windows is None else windows[i]
+            window = Window(None, (self.config.windows[i],))
             own = None if cache is None else tuple(part[i] for part in cache)
             x, own = self.layer(self.config, self.dtype, name=str(i))(x, positions, mask, window, own)
             kept.append(own)
         return x, None if cache is None else tuple(zip(*kept, strict=True))
 
 
+# A kernel's attention is a product too, though it is not called so.
+_DOTS = checkpoint_policies.save_from_both_policies(
+    checkpoint_policies.dots_with_no_batch_dims_saveable, checkpoint_policies.save_only_these_names(RESIDUALS)
+)
+
+
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        policy = checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+        layer = nn.remat(Layer, policy=_DOTS if config.remat == "dots" else None, prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(
@@ -154,9 +159,7 @@ class Model(nn.Module):
 
     def __call__(self, tokens, positions, mask, cache):
         config = self.config
-        windows = None
-        if any(window is not None for window in config.windows):
-            windows = jnp.array([_EVERYTHING if window is None else window for window in config.windows])
+        windows = layer_windows(config.windows)
         layer_cache = None
         if cache is not None:
             layer_cache = (cache.keys, cache.values, jnp.broadcast_to(cache.filled, (config.num_hidden_layers,)))
