@@ -18,8 +18,8 @@ from peanut_jax.base.kernels import flatten
 from peanut_jax.models import families
 from peanut_jax.models.attention import fits_cudnn
 from peanut_jax.models.cache import empty_cache
-from peanut_jax.models.decoder import _cross_entropy
 from peanut_jax.models.decoder_config import from_hf
+from peanut_jax.models.head_loss import cross_entropy
 from peanut_jax.models.loading import load_decoder, torch_names
 
 SIZES = {
@@ -166,9 +166,9 @@ def test_labels_outside_the_vocabulary():
     logits, counts = jnp.arange(12.0).reshape(3, 4) ** 0.5, jnp.array([1.0, 1.0, 0.0])
     want = -jax.nn.log_softmax(logits)[jnp.arange(2), jnp.array([1, 3])].sum()
     for last in (-100, 2, 4):
-        np.testing.assert_allclose(_cross_entropy(logits, jnp.array([1, 3, last]), counts), want, rtol=1e-6)
+        np.testing.assert_allclose(cross_entropy(logits, jnp.array([1, 3, last]), counts), want, rtol=1e-6)
     for counted in (-100, -1, 4):
-        assert np.isnan(_cross_entropy(logits, jnp.array([1, counted, 2]), counts))
+        assert np.isnan(cross_entropy(logits, jnp.array([1, counted, 2]), counts))
 
 
 @pytest.mark.parametrize(
