@@ -54,6 +54,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Array:
             y = nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+            if isinstance(mask, Seen):  # or XLA on TPU lets the heads choose the kernel's layout, and copies the kernel
+                y = jax.lax.optimization_barrier(y)
             return y.reshape(batch, seq, count, config.head_dim)
 
         q = heads("q_proj", config.num_attention_heads)
