@@ -12,7 +12,7 @@ from peanut_jax.messages import one_line
 REASON = 300
 OUT_OF_MEMORY = "out of memory"
 # What allocators say: XLA's status, torch's exception, XLA's compiler, the operating system.
-_SIGNS = ("resource_exhausted", "out of memory", "outofmemory", "memoryerror", "does not fit")
+_SIGNS = ("resource_exhausted", "out of memory", "allocate memory", "outofmemory", "memoryerror", "does not fit")
 
 
 class DoesNotFit(Exception):
