@@ -38,7 +38,7 @@ def run(record: Record, context: Context) -> None:
                 f"attention {setting.name} {road}",
                 partial(_measure, context, setting, road, reference),
                 about,
-                needs=15.0 if context.sizes.name == "full" else 0.0,
+                at_first=context.sizes.case_seconds,
             )
 
 

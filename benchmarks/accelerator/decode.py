@@ -44,7 +44,7 @@ def run(record: Record, context: Context) -> None:
                     f"decode {setting.shapes} {layout} {kind} batch={batch}",
                     partial(_measure, context, model, params, updates, kind, batch),
                     about,
-                    needs=25.0 if context.sizes.name == "full" else 0.0,
+                    at_first=context.sizes.case_seconds,
                 )
 
 

@@ -12,7 +12,7 @@ from peanut_jax.messages import one_line
 REASON = 300
 OUT_OF_MEMORY = "out of memory"
 # What allocators say: XLA's status, torch's exception, XLA's compiler, the operating system.
-_SIGNS = ("resource_exhausted", "out of memory", "outofmemory", "memoryerror", "does not fit")
+_SIGNS = ("resource_exhausted", "out of memory", "allocate memory", "outofmemory", "memoryerror", "does not fit")
 
 
 class DoesNotFit(Exception):
@@ -47,7 +47,8 @@ class Record:
         case: str,
         work: Callable[[], Mapping[str, Any]],
         about: Mapping[str, Any] | None = None,
-        needs: float = 0.0,
+        needs: float | None = None,
+        at_first: float = 0.0,
     ) -> dict[str, Any] | None:
         """Runs one case and writes its line.
 
@@ -55,7 +56,8 @@ class Record:
             case: Its name, unique among all sections' cases.
             work: Gives the fields of the line.
             about: Fields that the line has whatever happens.
-            needs: Seconds that it takes about, where nothing is known; otherwise as long as the longest so far.
+            needs: Seconds that it takes about; None for as many as the longest case so far took.
+            at_first: As many where it is the first.
 
         Returns:
             The line, or None where it is not "ok".
@@ -63,7 +65,7 @@ class Record:
         self.out_of_memory = False
         if case in self._done:
             return None
-        needs = self._longest or needs
+        needs = self._longest or at_first if needs is None else needs
         line = {"section": self._section, "case": case, **(about or {})}
         if self.seconds_left < needs:
             reason = f"{max(0.0, self.seconds_left):.0f} s were left, and it takes about {needs:.0f} s"

@@ -26,8 +26,8 @@ from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.decoder_config import ATTENTIONS, REMAT_POLICIES
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
-# Seconds that starting, compiling and measuring a case takes about, before any has been seen.
-FULL_CASE = 40.0
+# Rounds in which methods are compared, after a warm-up.
+ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ def run(record: Record, context: Context, name: str) -> None:
     """Every method on one setting, with the first remat policy that fits, then all of them in turn for the ratios."""
     step, params = setting(context, name)
     running: dict[str, Callable[[], None]] = {}
+    seconds = 0.0
     first, policies = step.methods[0], step.remat
     for method in step.methods:
         line, stepper = first_that_fits(
@@ -60,9 +61,11 @@ def run(record: Record, context: Context, name: str) -> None:
         )
         if line is not None and stepper is not None:
             running[method] = stepper
+            seconds += line["median_seconds"]
             policies = (line["remat"],)  # what is compared recomputes alike
     if first in running and len(running) > 1:
-        record.run(f"{name} ratios", partial(ratios, running, first), {"step": name, "over": first})
+        about, needs = {"step": name, "over": first}, (ROUNDS + 1) * seconds
+        record.run(f"{name} ratios", partial(ratios, running, first), about, needs)
 
 
 def sweep(record: Record, context: Context, field: str) -> None:
@@ -110,8 +113,8 @@ def first_that_fits(
     """The line of the first case that fits the memory, and its step."""
     for case in cases:
         found: list[Stepper] = []
-        needs = FULL_CASE if context.sizes.name == "full" else 0.0
-        line = record.run(case.title, partial(_measure, context, case, params, found), _about(case), needs)
+        work = partial(_measure, context, case, params, found)
+        line = record.run(case.title, work, _about(case), at_first=context.sizes.case_seconds)
         if line is not None:
             return line, found[0]
         if not record.out_of_memory:
@@ -202,7 +205,7 @@ def plain_loss(model: Decoder) -> Callable[[PyTree, Array, Any], Array]:
     return loss_fn
 
 
-def ratios(running: Mapping[str, Callable[[], None]], first: str, rounds: int = 5) -> dict[str, Any]:
+def ratios(running: Mapping[str, Callable[[], None]], first: str) -> dict[str, Any]:
     """Each method's seconds over the first's, in turn: what the machine does to one it does to the others."""
-    seconds = alternate(running, rounds)
+    seconds = alternate(running, ROUNDS)
     return {"seconds_over_first": {name: median_ratio(times, seconds[first]) for name, times in seconds.items()}}
