@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from peanut_jax import hlo
 from peanut_jax.messages import one_line
 from peanut_jax.methods.base import Method
 from peanut_jax.models.attention_chunked import BLOCK
 from peanut_jax.models.decoder_config import DecoderConfig
-from peanut_jax.plan.estimate import estimate
+from peanut_jax.plan.formulas import estimate
 from peanut_jax.plan.record import Plan
 from peanut_jax.plan.step import Setting, device_bytes, held_bytes, program_of
 
@@ -94,7 +94,7 @@ def _work(compiled: jax.stages.Compiled, setting: Setting, mesh: Mesh) -> Work:
         reason = one_line(error, 120)
     spare = jax.local_devices(backend="cpu")[: mesh.size]
     if len(spare) < mesh.size:
-        found = estimate(setting, AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names))
+        found = estimate(setting, mesh)
         note = f"FLOPs and collectives are estimated from the sizes: {reason}"
         return Work(found.flops, found.collectives, (note,))
     grid = np.asarray(spare).reshape(mesh.devices.shape)

@@ -9,7 +9,7 @@ fsdp and t of tensor, the temporaries are what is kept through the step,
 and the larger of what a layer and what the loss takes besides:
 
     one layer's own arrays, and gathered kernels   b * T * (its elements), and 2 * kernels of a layer / t where f > 1
-    the gathered head, and logits                  vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t in float32
+    the gathered head, and float32 logits          vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t
 
 and FLOPs are 2 a parameter and token in the forward pass, 2 for the activations' gradients, and 2 for what is
 recomputed; the scores of attention come on top.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from peanut_jax import hlo
 from peanut_jax.base.kernels import flatten
@@ -87,7 +87,7 @@ class Held(NamedTuple):
     targets: tuple[tuple[str, int, int], ...]
 
 
-def held(setting: Setting, mesh: Mesh | AbstractMesh) -> Held:
+def held(setting: Setting, mesh: Mesh) -> Held:
     """What a device of the mesh holds.
 
     Raises:
@@ -104,7 +104,7 @@ def held(setting: Setting, mesh: Mesh | AbstractMesh) -> Held:
     )
 
 
-def estimate(setting: Setting, mesh: Mesh | AbstractMesh, known: Held | None = None) -> Plan:
+def estimate(setting: Setting, mesh: Mesh, known: Held | None = None) -> Plan:
     """The plan of a setting, from formulas.
 
     Args:
@@ -128,7 +128,7 @@ def estimate(setting: Setting, mesh: Mesh | AbstractMesh, known: Held | None = N
     )
 
 
-def _share(setting: Setting, mesh: Mesh | AbstractMesh, targets: tuple[tuple[str, int, int], ...]) -> Share:
+def _share(setting: Setting, mesh: Mesh, targets: tuple[tuple[str, int, int], ...]) -> Share:
     data, fsdp, tensor = (mesh.shape.get(name, 1) for name in AXES)
     rows = setting.batch_size // batch_shards(mesh) // setting.accumulate_steps
     item = 2 if setting.dtype == "bfloat16" else 4
