@@ -110,7 +110,7 @@ class _Quick(masks.Mask):
         nearest, furthest = queries.start - keys.stop + 1, queries.stop - 1 - keys.start
         left = getattr(self, "window_size", (None, 0))[0]
         last = furthest if left is None else left
-        return np.array([0 <= furthest and nearest <= last, 0 <= nearest and furthest <= last])
+        return np.array([furthest >= 0 and nearest <= last, nearest >= 0 and furthest <= last])
 
 
 class _Causal(_Quick, masks.CausalMask):

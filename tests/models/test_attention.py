@@ -8,25 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from peanut_jax.models import attention_roads, attention_splash
 from peanut_jax.models.attention_chunked import chunked
 from peanut_jax.models.attention_roads import Call, attend_rows, choose
-from peanut_jax.models.attention_sight import Window, make_sight, seen
+from peanut_jax.models.attention_sight import RESIDUALS, Window, make_sight, seen
 from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
-from peanut_jax.sharding import constrain, make_mesh, rules_for, shard
+from peanut_jax.models.layers import _DOTS
+from peanut_jax.sharding import batch_sharding, constrain, make_mesh, rules_for, shard, traced_mesh, tracing_for
 
 BATCH, SEQ = 2, 70
 PACKED = np.stack([np.repeat([1, 2, 3, 0], [20, 30, 10, 10]), np.repeat([4, 1, 0], [5, 60, 5])])
-PLACES = np.arange(SEQ)[None]
-LEFT, RIGHT = PLACES >= np.array([[5], [33]]), PLACES < np.array([[70], [41]])
+LEFT, RIGHT = np.arange(SEQ) >= np.array([[5], [33]]), np.arange(SEQ) < np.array([[70], [41]])
 SIGHTS = {
     "plain": {},
     "packed": {"real": PACKED != 0, "segments": PACKED},
     "left": {"real": LEFT},
     "right": {"real": RIGHT},
-    "holes": {"real": LEFT & (PLACES % 9 != 4)},
+    "holes": {"real": LEFT & (np.arange(SEQ) % 9 != 4)},
     "positions": {"positions": np.tile(np.arange(35), 2)[None].repeat(BATCH, 0)},
 }
 # One layer's, and those of layers that differ in one scan, of which this is the second.
@@ -84,13 +85,21 @@ def in_blocks(sight, window):
     return functools.partial(chunked, sight=sight, window=window, block=16)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize(
+    ("sight", "window", "dtype"),
+    [
+        ("packed", "mixed", "float32"),
+        ("holes", "all", "bfloat16"),
+        *(
+            pytest.param(sight, window, dtype, marks=pytest.mark.large)
+            for sight in SIGHTS
+            for window in WINDOWS
+            for dtype in TOLERANCE
+            if sight != "holes" or window == "all"  # a window counts places: padding is on either side
+        ),
+    ],
+)
 def test_blocks(sight, window, dtype):
-    if sight == "holes" and window != "all":
-        pytest.skip("a window counts places: padding is on either side")
     check(in_blocks, sight, window, dtype)
 
 
@@ -219,7 +228,7 @@ def test_a_name_insists(name, asked):
 
 def small(**fields):
     """A model of two layers, and its parameters."""
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
     model = Decoder(from_hf({"model_type": "llama", **sizes}, **fields), jnp.float32)
     rng = np.random.default_rng(0)
@@ -230,7 +239,7 @@ def small(**fields):
 def rows(seq=24):
     """Whole rows, the second padded on the right."""
     rng = np.random.default_rng(1)
-    tokens, labels = rng.integers(1, 50, (2, 8, seq))
+    tokens, labels = rng.integers(1, 48, (2, 8, seq))
     segments = np.ones((8, seq), int)
     segments[1::2, seq - 7 :] = 0
     return {"tokens": np.where(segments, tokens, 0), "labels": labels, "weights": segments, "segments": segments}
@@ -238,44 +247,64 @@ def rows(seq=24):
 
 def test_a_name_that_cannot_run_is_an_error_before_any_compile():
     model, params = small(attention="splash")
-    with pytest.raises(ValueError, match=r"attention='splash' cannot run here: .* tracing_for\(mesh\)"):
+    with pytest.raises(ValueError, match=r"attention='splash' cannot run here: .*tracing_for\(mesh\)"):
         jax.eval_shape(model.apply, params, rows()["tokens"])
 
 
 def test_whole_rows_need_no_segments():
-    """The loss and its gradient, with padding on the right."""
+    """Padding on the right has weights of 0, and no token sees it."""
     model, params = small(windows=(None, 5))
     batch = rows()
-    loss_fn = jax.jit(jax.value_and_grad(lambda params, batch: language_loss(model)(params, batch, None)[0]))
-    want, slopes = loss_fn(params, batch)
+    loss_fn = jax.jit(lambda params, batch: language_loss(model)(params, batch, None))
+    want, counted = loss_fn(params, batch)
     got, others = loss_fn(params, {name: value for name, value in batch.items() if name != "segments"})
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max()), others, slopes)
+    assert counted == others
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.large)])
-def test_dots_keep_what_a_kernel_gives(interpreted, remat):
-    """The forward kernel is not run again in the backward pass."""
-    model, params = small(attention="splash", remat=remat)
-    grad = jax.grad(lambda params: language_loss(model)(params, rows(), None)[0])
-    program = str(jax.make_jaxpr(grad)(params))
-    assert program.count("name=splash_mqa_fwd") == {"dots": 1, "full": 2}[remat]
-    assert program.count("name=splash_mqa_dkv") == 1
+@pytest.mark.parametrize("road", ["splash", "chunked"])
+def test_dots_keep_what_the_backward_pass_reads(interpreted, capsys, road):
+    """The output and the logsumexp, so that remat="dots" does not run the forward pass again."""
+    q, k, v, _ = arrays()
+    attend = jax.checkpoint(by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=_DOTS)
+    print_saved_residuals(attend, q, k, v)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "output of" in line or RESIDUALS in line]
+    filled = {"splash": 128, "chunked": SEQ}[road]
+    assert sorted(line.split()[0] for line in kept) == [f"f32[2,2,2,{filled},64]", f"f32[2,2,2,{filled}]"]
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=2,fsdp=2,tensor=2", pytest.param("tensor=4,data=2", marks=pytest.mark.large), "fsdp=8"]
-)
+@pytest.mark.parametrize("mesh", ["data=2,tensor=4", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.large)])
 def test_a_kernel_on_a_mesh(interpreted, mesh):
     """Each device takes its rows and heads; with tensor=4 the two heads of keys are repeated."""
-    batch = {name: jnp.asarray(value) for name, value in rows().items()}
-    grads = []
-    for road in ("splash", "xla"):
-        model, params = small(attention=road)
-        sharded = shard(params, make_mesh(mesh), rules_for("llama"))
-        loss_fn = constrain(lambda params, model=model: language_loss(model)(params, batch, None)[0], sharded)
-        grads.append(jax.jit(jax.grad(loss_fn))(sharded))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=2e-5 * np.abs(w).max()), *grads)
+    q, k, v, slope = arrays(batch=4)
+    sight = make_sight((4, SEQ), *(jnp.asarray(np.tile(array, (2, 1))) for array in (PACKED != 0, PACKED)))
+    devices = make_mesh(mesh)
+
+    def run(q, k, v, slope, road):
+        out, pull = jax.vjp(lambda q, k, v: attend_rows(q, k, v, sight, WINDOWS["window"], road), q, k, v)
+        return out[:, :30], *pull(slope.at[:, 60:].set(0))
+
+    with tracing_for(devices):
+        placed = [jax.device_put(array, batch_sharding(devices)) for array in (q, k, v, slope)]
+        got = jax.jit(functools.partial(run, road="splash"))(*placed)
+    want = jax.jit(functools.partial(run, road="xla"))(q, k, v, slope)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=3e-6 * np.abs(other).max())
+
+
+def test_a_step_on_a_mesh_knows_it(monkeypatch):
+    """Through `constrain`, as in `sharded_train_step`: where the mesh is a TPU's, so is the road."""
+    model, params = small()
+    mesh = make_mesh("data=2,tensor=4")
+    seen_by = []
+    monkeypatch.setattr(attention_roads, "choose", lambda attention, call: seen_by.append(traced_mesh()) or "xla")
+    loss_fn = constrain(
+        lambda params: language_loss(model)(params, rows(), None)[0], shard(params, mesh, rules_for("llama"))
+    )
+    jax.eval_shape(loss_fn, params)
+    assert seen_by
+    assert all(one.shape == mesh.shape and (one.devices == mesh.devices).all() for one in seen_by)
+    assert traced_mesh() is None
 
 
 # ---- memory
