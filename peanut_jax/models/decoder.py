@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from peanut_jax.base.kernels import BOUND, COLLECTION
 from peanut_jax.matrices import float32_dot
 from peanut_jax.models.attention import make_mask
 from peanut_jax.models.attention_sight import make_sight
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.decoder_config import DecoderConfig
+from peanut_jax.models.head_loss import Chunk, chunked, cross_entropy, head_loss
 from peanut_jax.models.layers import Model
 from peanut_jax.models.token_ids import check_known
 from peanut_jax.training import LossFn
@@ -128,20 +130,34 @@ class Decoder(nn.Module):
         check_known("labels", labels, self.config.vocab_size, weights)
         x = self.hidden(tokens, attention_mask, segments=segments)
         batch, seq = tokens.shape
-        # Cut along the sequence: a batch that is spread over devices stays so.
         columns = min(seq, max(1, chunk // batch))
         labels, weights = jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
+        parts = chunked(x, columns), chunked(labels, columns), chunked(weights, columns)
+        kernel = self._plain_head()
+        if kernel is not None:
+            total = head_loss(parts[0], kernel, *parts[1:], tied=self.config.tie_word_embeddings)
+        else:
+            total = self._loss_through_head(parts)
+        return total, weights.sum()
 
-        def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            h, label, weight = (array.reshape(-1, *array.shape[2:]) for array in part)
-            return total + _cross_entropy(module._logits(h), label, weight), None
+    def _plain_head(self) -> Float[Array, "rows columns"] | None:
+        """The head's kernel, or the embedding tied to it; None where the head is more than a product with it."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.embedding
+        adapted = self.is_initializing() or self.lm_head.has_variable(COLLECTION, BOUND)
+        return None if adapted else self.lm_head.get_variable(COLLECTION, "kernel")
+
+    def _loss_through_head(self, parts: tuple[Array, Array, Array]) -> Float[Array, ""]:
+        """The loss of chunks by the module itself, which forms their logits again in the backward pass."""
+
+        def one(module: "Decoder", total: Array, part: Chunk) -> tuple[Array, None]:
+            h, label, weight = part
+            return total + cross_entropy(module._logits(h), label, weight), None
 
         body = nn.scan(
             nn.remat(one, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False, "dropout": True}
         )
-        parts = _chunks(x, columns), _chunks(labels, columns), _chunks(weights, columns)
-        total, _ = body(self, jnp.zeros((), jnp.float32), parts)
-        return total, weights.sum()
+        return body(self, jnp.zeros((), jnp.float32), parts)[0]
 
     def _ids(self, tokens: Integers) -> Int[Array, "batch seq"]:
         """The ids for a lookup in which one outside the vocabulary gives NaN: as an index -1 is the last row."""
@@ -185,22 +201,3 @@ def summed_loss(model: Decoder, params: PyTree, batch: Any, chunk: int = CHUNK) 
     tokens, labels, weights = batch["tokens"], batch["labels"], batch["weights"]
     segments = batch.get("segments")
     return model.apply(params, tokens, labels, weights, segments=segments, chunk=chunk, method="loss")  # type: ignore[return-value]
-
-
-def _chunks(array: Shaped[Array, "batch seq *width"], columns: int) -> Shaped[Array, "chunks batch columns *width"]:
-    """The array cut along its sequence, which is filled up with zeros."""
-    batch, seq, *width = array.shape
-    padded = jnp.pad(array, [(0, 0), (0, -seq % columns)] + [(0, 0)] * len(width))
-    return jnp.moveaxis(padded.reshape(batch, -1, columns, *width), 1, 0)
-
-
-def _cross_entropy(
-    logits: Float[Array, "tokens vocab"], labels: Int[Array, " tokens"], weights: Float[Array, " tokens"]
-) -> Float[Array, ""]:
-    """The weighted sum over the tokens."""
-    # A sum over a mask, for a gather's gradient would be another array of the logits' size.
-    its_own = jnp.arange(logits.shape[-1]) == labels[:, None]
-    picked = jnp.where(its_own, logits, 0.0).sum(-1)
-    inside = (labels >= 0) & (labels < logits.shape[-1])
-    picked = jnp.where(inside | (weights == 0), picked, jnp.nan)
-    return ((jax.nn.logsumexp(logits, axis=-1) - picked) * weights).sum()

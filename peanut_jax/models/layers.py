@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jaxtyping import Array, Float
 
 from peanut_jax.models.attention import attend
@@ -20,6 +20,13 @@ from peanut_jax.models.attention_roads import attend_rows
 from peanut_jax.models.attention_sight import RESIDUALS, Window, layer_windows
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
+from peanut_jax.xla_cpu import LOW_RANK
+
+# What a remat policy may keep, by name: what attention multiplies, the sum after it, and gate and up. They are named
+# behind the dense layers, so that of an adapted one the sum is kept, and not its two parts.
+QKV, AFTER_ATTENTION, WIDE = "qkv", "after_attention", "wide"
+_ATTENTION = (QKV, RESIDUALS, AFTER_ATTENTION, LOW_RANK)
+_KEPT = {"full": (), "attention": _ATTENTION, "dots": (*_ATTENTION, WIDE)}
 
 
 class RMSNorm(nn.Module):
@@ -54,10 +61,14 @@ class Attention(nn.Module):
         q = heads("q_proj", config.num_attention_heads)
         k = heads("k_proj", config.num_key_value_heads)
         v = heads("v_proj", config.num_key_value_heads)
-        if config.qk_norm:
+        v = checkpoint_name(v, QKV)
+        if config.qk_norm:  # whose backward pass needs what it was given
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
             q = RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(k)
         q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
+        if not config.qk_norm:
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
         if cache is None:
             y = attend_rows(q, k, v, mask, window, config.attention)
         else:
@@ -83,8 +94,8 @@ class MLP(nn.Module):
             return nn.Dense(width, use_bias=self.config.mlp_bias, dtype=self.dtype, name=name)(y)
 
         wide = self.config.intermediate_size
-        gated = nn.silu(dense("gate_proj", wide, x)) * dense("up_proj", wide, x)
-        return dense("down_proj", self.config.hidden_size, gated)
+        gate, up = (checkpoint_name(dense(name, wide, x), WIDE) for name in ("gate_proj", "up_proj"))
+        return dense("down_proj", self.config.hidden_size, nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -98,7 +109,7 @@ class Layer(nn.Module):
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, self.dtype, name="self_attn")
         y, cache = attention(RMSNorm(eps, self.dtype, name="input_layernorm")(x), positions, mask, window, cache)
-        x = x + y
+        x = checkpoint_name(x + y, AFTER_ATTENTION)
         x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return x, cache
 
@@ -121,17 +132,12 @@ class Layers(nn.Module):
         return x, None if cache is None else tuple(zip(*kept, strict=True))
 
 
-# A kernel's attention is a product too, though it is not called so.
-_DOTS = checkpoint_policies.save_from_both_policies(
-    checkpoint_policies.dots_with_no_batch_dims_saveable, checkpoint_policies.save_only_these_names(RESIDUALS)
-)
-
-
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        layer = nn.remat(Layer, policy=_DOTS if config.remat == "dots" else None, prevent_cse=not config.scan_layers)
+        policy = checkpoint_policies.save_only_these_names(*_KEPT[config.remat])
+        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(
