@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,19 @@ from peanut_jax import hlo
 from peanut_jax.cli import main
 from peanut_jax.models.decoder import CHUNK, Decoder, language_loss
 from peanut_jax.models.decoder_config import REMAT_POLICIES, from_hf
-from peanut_jax.plan import CHIPS, DoesNotFit, Plan, Setting, chip_name, estimate, fitting_remat, plan
+from peanut_jax.plan import (
+    CHIPS,
+    DoesNotFit,
+    Plan,
+    Setting,
+    chip_name,
+    device_memory,
+    estimate,
+    fitting_remat,
+    free_memory,
+    plan,
+)
+from peanut_jax.plan.memory import free_host_memory
 from peanut_jax.sharding import batch_sharding, init_state, make_mesh, rules_for, shard, sharded_train_step
 from peanut_jax.topologies import slice_devices
 
@@ -122,6 +135,26 @@ def test_chips_by_their_sold_names(said, name):
 def test_a_chip_that_does_not_exist(said, near):
     with pytest.raises(ValueError, match=f"is not a chip that is known: such as .*{near}"):
         chip_name(said)
+
+
+def test_the_memory_of_a_device(monkeypatch):
+    """A chip's by its kind, what a device tells of itself, and a part of the machine's free memory for a CPU."""
+    assert device_memory(slice_devices("v5e-4")[0]) == CHIPS["v5e"].memory
+    assert device_memory(slice_devices("v5p-8")[0]) == CHIPS["v5p"].memory
+    monkeypatch.setattr("peanut_jax.plan.memory.free_host_memory", lambda: 16 * 10**9)
+    assert device_memory(jax.devices()[0]) == free_memory(jax.devices()[0]) == 2 * 10**9
+    stats = {"bytes_limit": 60 * 10**9, "bytes_in_use": 20 * 10**9}
+    card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", memory_stats=lambda: stats)
+    assert (device_memory(card), free_memory(card)) == (60e9, 40e9)
+    unknown = types.SimpleNamespace(platform="gpu", device_kind="a card", memory_stats=lambda: None)
+    assert device_memory(unknown) is None
+    mesh = types.SimpleNamespace(devices=np.array([unknown]))
+    with pytest.raises(ValueError, match="a card does not tell its memory: give memory= in bytes"):
+        fitting_remat(from_hf(LLAMA), mesh, ADAPTER, batch_size=8, seq_len=16)
+
+
+def test_free_memory_of_the_machine():
+    assert 10**7 < free_host_memory() < 10**13
 
 
 def test_the_first_policy_that_fits(monkeypatch):

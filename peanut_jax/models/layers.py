@@ -7,6 +7,7 @@ References:
     transformers 4.57, `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -144,12 +145,16 @@ class Layers(nn.Module):
         return (x, None if slots is None else tuple(zip(*kept, strict=True))), None
 
 
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """What `DecoderConfig.remat`, other than "none", keeps of a layer, as `jax.checkpoint` takes it."""
+    return checkpoint_policies.save_only_these_names(*_KEPT[remat])
+
+
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        policy = checkpoint_policies.save_only_these_names(*_KEPT[config.remat])
-        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+        layer = nn.remat(Layer, policy=remat_policy(config.remat), prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(

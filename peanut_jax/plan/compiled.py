@@ -92,7 +92,7 @@ def _work(compiled: jax.stages.Compiled, setting: Setting, mesh: Mesh) -> Work:
         return Work(hlo.dot_flops(text), tuple(hlo.collectives(text)))
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = one_line(error, 120)
-    spare = jax.local_devices(backend="cpu")[: mesh.size]
+    spare = _cpu_devices()[: mesh.size]
     if len(spare) < mesh.size:
         found = estimate(setting, mesh)
         note = f"FLOPs and collectives are estimated from the sizes: {reason}"
@@ -101,6 +101,14 @@ def _work(compiled: jax.stages.Compiled, setting: Setting, mesh: Mesh) -> Work:
     work, _ = _on_cpu(setting, Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types))
     note = f"FLOPs and collectives are those of XLA:CPU for the same step: {reason}"
     return work._replace(notes=(note,))
+
+
+def _cpu_devices() -> list[jax.Device]:
+    """This process's; none where JAX_PLATFORMS leaves them out."""
+    try:
+        return jax.local_devices(backend="cpu")
+    except RuntimeError:
+        return []
 
 
 def _on_cpu(setting: Setting, mesh: Mesh) -> tuple[Work, int]:

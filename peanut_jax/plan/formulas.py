@@ -153,14 +153,14 @@ def _kept(config: DecoderConfig, share: Share) -> float:
     hidden, wide, queries, keys = _widths(config)
     if config.remat == "full":
         return hidden
-    # The outputs of base and adapter are products of their own. Nothing reads down_proj's again.
-    products = queries + 2 * keys + 2 * wide
-    products += sum(d_out for name, _, d_out in share.targets if name not in ("o_proj", "down_proj"))
-    kept = 2 * hidden + products / share.tensor + len(share.targets) * share.rank
+    # What comes in and what attention adds to it; its queries, keys, values and outputs; the adapters' inner products.
+    kept = 2 * hidden + 2 * (queries + keys) / share.tensor + len(share.targets) * share.rank
+    if config.remat != "attention":
+        kept += 2 * wide / share.tensor
     if config.remat == "none":
         kept += _NONE_HIDDEN * hidden + (2 * queries + 2 * keys + _NONE_WIDE * wide) / share.tensor
         kept += _SCORES_KEPT * _keys(share) * config.num_attention_heads / share.tensor
-    return kept  # what "dots" keeps, at most, for a policy between it and "full"
+    return kept
 
 
 def _keys(share: Share) -> int:
@@ -187,11 +187,13 @@ def _sides(share: Share) -> int:
 
 def _flops(config: DecoderConfig, share: Share) -> int:
     """FLOPs of one microbatch."""
-    hidden, wide, queries, _ = _widths(config)
+    hidden, wide, queries, keys = _widths(config)
     again = config.remat == "full"
-    kernels = 2 * _layer_kernels(config) * (2 + again) - 2 * again * hidden * wide
+    # The recomputed products: of the MLP, gate and up alone, and with "full" attention's four.
+    twice = {"attention": 2 * hidden * wide, "full": 2 * hidden * (wide + queries + keys)}.get(config.remat, 0)
+    kernels = 4 * _layer_kernels(config) + 2 * twice
     seen = (_keys(share) or share.seq / 2) * queries
-    scores = 4 * seen * (3 if config.remat == "none" else 4)
+    scores = 4 * seen * (3 + again)
     thin = 2 * share.rank * _sides(share) * (3 + again)
     head = 2 * config.vocab_size * hidden * (3 if share.tokens > CHUNK else 2)
     return round(share.tokens * (config.num_hidden_layers * (kernels + scores + thin) + head) / share.tensor)

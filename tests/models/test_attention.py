@@ -16,7 +16,7 @@ from peanut_jax.models.attention_roads import Call, attend_rows, choose
 from peanut_jax.models.attention_sight import RESIDUALS, Window, make_sight, seen
 from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
-from peanut_jax.models.layers import _DOTS
+from peanut_jax.models.layers import remat_policy
 from peanut_jax.sharding import batch_sharding, constrain, make_mesh, rules_for, shard, traced_mesh, tracing_for
 
 BATCH, SEQ = 2, 70
@@ -266,7 +266,7 @@ def test_whole_rows_need_no_segments():
 def test_dots_keep_what_the_backward_pass_reads(interpreted, capsys, road):
     """The output and the logsumexp, so that remat="dots" does not run the forward pass again."""
     q, k, v, _ = arrays()
-    attend = jax.checkpoint(by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=_DOTS)
+    attend = jax.checkpoint(by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=remat_policy("dots"))
     print_saved_residuals(attend, q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "output of" in line or RESIDUALS in line]
     filled = {"splash": 128, "chunked": SEQ}[road]
