@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.ad_checkpoint import print_saved_residuals
+from jax.ad_checkpoint import checkpoint_policies, print_saved_residuals
 
 from peanut_jax.models import attention_roads, attention_splash
 from peanut_jax.models.attention_chunked import chunked
@@ -16,7 +16,6 @@ from peanut_jax.models.attention_roads import Call, attend_rows, choose
 from peanut_jax.models.attention_sight import RESIDUALS, Window, make_sight, seen
 from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
-from peanut_jax.models.layers import _DOTS
 from peanut_jax.sharding import batch_sharding, constrain, make_mesh, rules_for, shard, traced_mesh, tracing_for
 
 BATCH, SEQ = 2, 70
@@ -264,9 +263,11 @@ def test_whole_rows_need_no_segments():
 
 @pytest.mark.parametrize("road", ["splash", "chunked"])
 def test_dots_keep_what_the_backward_pass_reads(interpreted, capsys, road):
-    """The output and the logsumexp, so that remat="dots" does not run the forward pass again."""
+    """The output and the logsumexp, under the name that remat policies keep: the forward pass is not run again."""
     q, k, v, _ = arrays()
-    attend = jax.checkpoint(by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=_DOTS)
+    attend = jax.checkpoint(
+        by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=checkpoint_policies.save_only_these_names(RESIDUALS)
+    )
     print_saved_residuals(attend, q, k, v)
     kept = [line for line in capsys.readouterr().out.splitlines() if "output of" in line or RESIDUALS in line]
     filled = {"splash": 128, "chunked": SEQ}[road]
