@@ -3,7 +3,6 @@
     python -m benchmarks.attention                              # seconds here, forward and backward, of each road
     python -m benchmarks.attention --slice v5p-8 --kind kernel  # attention alone, compiled for one chip of the slice
     python -m benchmarks.attention --slice v5p-8 --kind step    # the train step of Llama-3-8B's shapes, the same
-    python -m benchmarks.attention --slice v5p-8 --kind cycles  # cycles of splash's kernels, by size of the blocks
 
 JSON lines. Bytes are libtpu's `memory_analysis()`, what the chip needs, from shapes alone; `pip install libtpu`.
 `ratio` is the temporaries over those of the length before: 4 for four times the length is linear, 16 quadratic.
@@ -37,7 +36,7 @@ LLAMA_3_8B = {
     "rope_theta": 500000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 ADAPTER = pj.PeanutConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
-LENGTHS = {"time": (256, 512, 1024, 2048, 4096), "kernel": (8192, 32768), "step": (8192, 32768), "cycles": (4096,)}
+LENGTHS = {"time": (256, 512, 1024, 2048, 4096), "kernel": (8192, 32768), "step": (8192, 32768)}
 
 
 def gradients(road: str, packed: bool) -> Callable:

@@ -23,8 +23,9 @@ def tracing_for(mesh: Mesh) -> Iterator[None]:
         mesh: Of devices, or of a slice that is only compiled for. One device is a mesh too.
 
     Examples:
-        >>> with tracing_for(mesh):
-        ...     logits = jax.jit(model.apply)(params, tokens)
+        >>> from peanut_jax.sharding import make_mesh, tracing_for
+        >>> with tracing_for(make_mesh("data=8")):
+        ...     lowered = jax.jit(jnp.sin).lower(jnp.ones(8))
     """
     token = _MESH.set(mesh)
     try:

@@ -264,7 +264,7 @@ def test_whole_rows_need_no_segments():
 
 @pytest.mark.parametrize("road", ["splash", "chunked"])
 def test_dots_keep_what_the_backward_pass_reads(interpreted, capsys, road):
-    """The output and the logsumexp, so that remat="dots" does not run the forward pass again."""
+    """The output and the logsumexp, under the name that remat policies keep: the forward pass is not run again."""
     q, k, v, _ = arrays()
     attend = jax.checkpoint(by_name(road)(sight_of("plain"), WINDOWS["all"]), policy=remat_policy("dots"))
     print_saved_residuals(attend, q, k, v)

@@ -15,6 +15,7 @@ from peanut_jax.sharding import make_mesh
 from peanut_jax.trainer import Classification, Loop, Optimizer, Run, read, train
 from peanut_jax.trainer.loop import Outcome
 from peanut_jax.trainer.metrics_file import read_metrics
+from peanut_jax.trainer.tasks import language
 from peanut_jax.trainer.tasks.tables import read_table
 from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
@@ -28,6 +29,16 @@ def test_examples_without_room_are_left_out(run, caplog):
     assert "are left out (no response, or no room for it in task.seq_len=4)" in caplog.text
     assert all(rows[i]["weights"].sum() >= 1 for i in range(len(rows)))
     assert 0 < len(rows) < 60
+
+
+@pytest.mark.parametrize(("seq_len", "whole"), [(4, True), (32, False)])
+def test_rows_of_one_example_are_not_kept_apart(run, monkeypatch, seq_len, whole):
+    """Attention in them is plainly causal: the loss is not given their segments."""
+    monkeypatch.setattr(language, "language_loss", lambda model, chunk: lambda params, batch, key: sorted(batch))
+    task = dataclasses.replace(run.task, seq_len=seq_len).build(make_mesh("data=8"), None, 0)
+    assert task.train.whole is whole is all(task.train[i]["segments"].max() == 1 for i in range(len(task.train)))
+    for loss_fn in (task.loss_fn, *task.remats.values()):
+        assert ("segments" in loss_fn(None, task.train[0], None)) is not whole
 
 
 @pytest.fixture
