@@ -24,7 +24,7 @@ from peanut_jax.sharding import batch_axes, batch_shards
 
 # Blocks are whole numbers of lanes.
 _LANES = 128
-# Queries and keys of a block, and keys of a product: the fewest cycles for rows of 4,096, of those of 512, 1024 and 2048
+# Queries and keys of a block, and keys of a product: the fewest cycles for rows of 4,096, of 512, 1024 and 2048 tokens
 # that fit a v5p's vector memory, read from libtpu's schedules as `benchmarks.kernel_cycles` does.
 _BLOCK, _COMPUTE = 1024, 512
 # Blocks of keys up to which one kernel gives all gradients, in 5 products in place of 7: it writes one dq for each of
