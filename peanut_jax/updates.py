@@ -80,15 +80,32 @@ class Sum(NamedTuple):
         return functools.reduce(jnp.add, [part.delta(kernel) for part in self.parts])
 
 
+class PerRow(NamedTuple):
+    """An update of each row of a batch: `update` has an axis of the rows before its own axes, "rows" in words."""
+
+    update: KernelUpdate
+
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """None here: the update has them."""
+        return {}
+
+    def __call__(self, x: Array, y: Array, precision: lax.PrecisionLike = None) -> Array:
+        def one(update: Update, x: Array, y: Array) -> Array:
+            return update(x, y, precision)
+
+        return jax.vmap(one)(self.update, x, y)
+
+
 # Kernel path -> its update.
 Updates = dict[str, KernelUpdate]
 
 
-def checked(updates: Any, caller: str) -> Updates:
+def checked(updates: Any, caller: str, kind: type = KernelUpdate) -> dict[str, Any]:
     """`updates`, once it is what `compute_updates` and `factors` return; a plain (left, right) tuple is a `LowRank`.
 
     Args:
         caller: The function's name, for the error.
+        kind: What each has to be: an `Update` where none is merged.
 
     Raises:
         ValueError: anything else.
@@ -98,11 +115,11 @@ def checked(updates: Any, caller: str) -> Updates:
             f"{caller} takes the mapping that peanut_jax.compute_updates(adapters, params, config) returns, got "
             f"{type(updates).__name__}"
         )
-    found: Updates = {}
+    found = {}
     for path, update in updates.items():
         if type(update) is tuple and len(update) == 2:
             update = LowRank(*update)
-        if not isinstance(update, KernelUpdate):
+        if not isinstance(update, kind):
             raise ValueError(
                 f"{caller} takes updates, and {path!r} is a {type(update).__name__}: pass adapters through "
                 "peanut_jax.compute_updates(adapters, params, config) first"
@@ -146,6 +163,8 @@ def map_with_axes(fn: Callable[[tuple[str, ...], Any], Any], update: Any) -> Any
     """The update with `fn(its axes in words, array)` for each of its arrays."""
     if isinstance(update, Sum):
         return Sum(tuple(map_with_axes(fn, part) for part in update.parts))
+    if isinstance(update, PerRow):
+        return PerRow(map_with_axes(lambda axes, array: fn(("rows", *axes), array), update.update))
     axes = update.axes()
     return type(update)(*(fn(axes[name], getattr(update, name)) for name in update._fields))
 

@@ -87,7 +87,7 @@ def bind(fn: Callable, updates: Mapping[str, Any], dropout: float = 0.0) -> Call
         ValueError: `updates` are none; when called, as `adapt`.
     """
     _check_function(fn, "bind")
-    return _bound(fn, checked_updates(updates, "bind"), dropout)
+    return _bound(fn, checked_updates(updates, "bind", Update), dropout)
 
 
 def _bound(fn: Callable, updates: Updates, dropout: float) -> Callable:

@@ -9,6 +9,7 @@ References:
 """
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from peanut_jax.models.cache import Cache, change_rows
+from peanut_jax.models.cache import Cache, reordered, widened, wider
 from peanut_jax.models.decoder import Decoder
-from peanut_jax.models.decoding import Prompts, among, read_prompts, read_token
+from peanut_jax.models.decoding import Prompts, Rules, among, read_prompts, reader, to_the_end
+from peanut_jax.models.repetition import Said, penalised, said_in, said_too
 
 # Stands for minus infinity among sums of log-probabilities.
 _NEVER = -1.0e9
@@ -70,57 +72,96 @@ class _State:
 
     Attributes:
         length: Number of tokens of each open beam.
-        logits, cache: A row for each open beam; those of a prompt stand together.
+        cache: After all tokens but the last, a row for each open beam; those of a prompt stand together.
+        said: Tokens of each such row that are penalised.
         improvable: Rows whose open beams may still beat a finished one.
-        all_ended: Whether every continuation of the last step ended.
+        more: Whether any row goes on.
     """
 
     length: Int[Array, ""]
-    logits: Float[Array, "rows vocab"]
     cache: Cache
+    said: Said
     open: _Open
     finished: _Finished
     improvable: Bool[Array, "batch 1"]
-    all_ended: Bool[Array, ""]
+    more: Bool[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("model", "room", "eos", "num_beams", "length_penalty"))
 def beam_search(
-    model: Decoder,
-    prompts: Prompts,
-    *,
-    room: int,
-    eos: tuple[int, ...],
-    num_beams: int,
-    length_penalty: float,
+    model: Decoder, prompts: Prompts, rules: Rules, sizes: list[int], *, num_beams: int, length_penalty: float
 ) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
     """The best finished beam of each row, and its length.
 
     Args:
-        room: Tokens that a row's cache holds, those of the prompt included.
-        eos: Tokens that end a continuation.
+        sizes: From `decoding.stages`.
         length_penalty: A finished beam's score is its log-probability / length ** length_penalty.
     """
-    batch, prompt = prompts.tokens.shape
-    step, logits, cache = read_prompts(model, prompts, room, num_beams)
+    long = jnp.float32(length_penalty)
+    state = _start(model, prompts, rules, long, slots=sizes[0], num_beams=num_beams)
+    state = to_the_end(state, sizes, _widened, lambda state: _go_on(model, prompts, rules, long, state))
+    return state.finished.tokens[:, 0], state.finished.lengths[:, 0]
 
-    def more(state: _State) -> Array:
-        return state.improvable.any() & ~state.all_ended
+
+@partial(jax.jit, static_argnames=("model", "slots", "num_beams"))
+def _start(
+    model: Decoder, prompts: Prompts, rules: Rules, length_penalty: Array, *, slots: int, num_beams: int
+) -> _State:
+    """After the prompts and the first token: of one open beam a prompt, the others impossible, and none finished."""
+    batch, prompt = prompts.tokens.shape
+    logits, cache = read_prompts(model, prompts, slots, num_beams)
+    tokens, never = jnp.zeros((batch, num_beams, slots - prompt), jnp.int32), jnp.full((batch, num_beams), _NEVER)
+    said = None if rules.penalty is None else said_in(prompts.tokens, prompts.real, logits.shape[-1])
+    logits, said = jax.tree.map(lambda array: jnp.repeat(array, num_beams, axis=0), (logits, said))
+    state = _State(
+        length=jnp.int32(0),
+        cache=cache,
+        said=said,
+        open=_Open(tokens, never.at[:, 0].set(0.0)),
+        finished=_Finished(tokens, never, jnp.zeros(never.shape, jnp.int32), jnp.zeros(never.shape, bool)),
+        improvable=prompts.wanted[:, None],
+        more=jnp.bool_(True),
+    )
+    return _appended(state, logits, prompts.wanted, rules, length_penalty)[0]
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _go_on(model: Decoder, prompts: Prompts, rules: Rules, length_penalty: Array, state: _State) -> _State:
+    """Token by token, until no row goes on or there is no place left."""
+    _, beams, new = state.open.tokens.shape
+    read = reader(model, prompts, beams)
 
     def body(state: _State) -> _State:
-        length = state.length + 1
-        penalty = length.astype(jnp.float32) ** length_penalty
-        grown = _grow(state, eos, prompts.limit)
-        opened, parents = _still_open(grown, num_beams)
-        finished = _finish(state.finished, grown, state.improvable, length, penalty)
-        cache = _reorder(state.cache, parents)
-        token = opened.tokens[:, :, state.length].reshape(-1)
-        logits, cache = read_token(step, token, state.logits, cache, wanted=length < prompts.limit)
-        improvable = state.improvable & _improvable(opened, finished, penalty)
-        return _State(length, logits, cache, opened, finished, improvable, grown.ends.all())
+        token = lax.dynamic_index_in_dim(state.open.tokens, state.length - 1, axis=2, keepdims=False)
+        logits, cache = read(token.reshape(-1), state.cache)
+        state, rows = _appended(state, logits, prompts.wanted, rules, length_penalty)
+        return state.replace(cache=reordered(cache, rows, prompts.tokens.shape[1]))  # type: ignore[attr-defined]
 
-    end = lax.while_loop(more, body, _start(logits, cache, batch, num_beams, room - prompt))
-    return end.finished.tokens[:, 0], end.finished.lengths[:, 0]
+    return lax.while_loop(lambda state: state.more & (state.length < new), body, state)
+
+
+def _appended(
+    state: _State, logits: Array, wanted: Bool[Array, " batch"], rules: Rules, length_penalty: Array
+) -> tuple[_State, Int[Array, " rows"]]:
+    """With one more token a beam, and the row of the cache that each open beam now continues."""
+    batch, beams = state.open.scores.shape
+    length = state.length + 1
+    long = length.astype(jnp.float32) ** length_penalty
+    grown = _grow(state, logits, rules)
+    opened, parents = _still_open(grown, beams)
+    finished = _finish(state.finished, grown, state.improvable, length, long)
+    improvable = state.improvable & _improvable(opened, finished, long)
+    rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
+    token = lax.dynamic_index_in_dim(opened.tokens, state.length, axis=2, keepdims=False)
+    said = None if state.said is None else said_too(state.said[rows], token.reshape(-1))
+    more = improvable.any() & ~(grown.ends | ~wanted[:, None]).all()
+    return _State(length, state.cache, said, opened, finished, improvable, more), rows
+
+
+def _widened(state: _State, slots: int) -> _State:
+    new = slots - state.cache.positions.shape[1] + state.open.tokens.shape[2]
+    parts: tuple[Any, ...] = (state.open, state.finished)
+    opened, finished = (part.replace(tokens=wider(part.tokens, new, 2)) for part in parts)
+    return state.replace(open=opened, finished=finished, cache=widened(state.cache, slots))  # type: ignore[attr-defined]
 
 
 def continuations(ends: int) -> int:
@@ -128,29 +169,17 @@ def continuations(ends: int) -> int:
     return max(2, 1 + ends)
 
 
-def _start(logits: Float[Array, "rows vocab"], cache: Cache, batch: int, beams: int, new: int) -> _State:
-    """One open beam a prompt, the others impossible, and none finished."""
-    tokens, never = jnp.zeros((batch, beams, new), jnp.int32), jnp.full((batch, beams), _NEVER)
-    return _State(
-        length=jnp.int32(0),
-        logits=logits,
-        cache=cache,
-        open=_Open(tokens, never.at[:, 0].set(0.0)),
-        finished=_Finished(tokens, never, jnp.zeros((batch, beams), jnp.int32), jnp.zeros((batch, beams), bool)),
-        improvable=jnp.ones((batch, 1), bool),
-        all_ended=jnp.zeros((), bool),
-    )
-
-
-def _grow(state: _State, eos: tuple[int, ...], limit: Int[Array, ""]) -> _Grown:
+def _grow(state: _State, logits: Float[Array, "rows vocab"], rules: Rules) -> _Grown:
     """The best continuations of the open beams: at least as many that go on as there are beams."""
     batch, beams = state.open.scores.shape
-    scores = jax.nn.log_softmax(state.logits).reshape(batch, beams, -1) + state.open.scores[..., None]
+    scores = penalised(jax.nn.log_softmax(logits), state.said, rules.penalty)
+    scores = scores.reshape(batch, beams, -1) + state.open.scores[..., None]
     vocab = scores.shape[-1]
-    top, where = lax.top_k(scores.reshape(batch, beams * vocab), continuations(len(eos)) * beams)
+    kept = min(continuations(len(rules.ends)), vocab) * beams
+    top, where = lax.top_k(scores.reshape(batch, beams * vocab), kept)
     parents, token = where // vocab, (where % vocab).astype(jnp.int32)
-    tokens = _pick(state.open.tokens, parents).at[:, :, state.length].set(token)
-    return _Grown(tokens, top, parents, ends=among(token, eos) | (state.length + 1 >= limit))
+    tokens = lax.dynamic_update_slice(_pick(state.open.tokens, parents), token[..., None], (0, 0, state.length))
+    return _Grown(tokens, top, parents, ends=among(token, rules.ends) | (state.length + 1 >= rules.limit))
 
 
 def _still_open(grown: _Grown, beams: int) -> tuple[_Open, Int[Array, "batch beams"]]:
@@ -180,13 +209,6 @@ def _improvable(opened: _Open, finished: _Finished, penalty: Float[Array, ""]) -
     """Whether a row's best open beam would beat its worst finished one, if it ended now."""
     worst = jnp.where(finished.real, finished.scores.min(-1, keepdims=True), _NEVER)
     return (opened.scores[:, :1] / penalty > worst).any(-1, keepdims=True)
-
-
-def _reorder(cache: Cache, parents: Int[Array, "batch beams"]) -> Cache:
-    """The cache with each open beam's parent's row in its own place."""
-    batch, beams = parents.shape
-    rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-    return change_rows(cache, lambda array, axis: jnp.take(array, rows, axis=axis))
 
 
 def _pick(array: Array, places: Int[Array, "batch picked"]) -> Array:

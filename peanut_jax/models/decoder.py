@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.base.kernels import BOUND, COLLECTION
 from peanut_jax.matrices import float32_dot
-from peanut_jax.models.attention import make_mask
+from peanut_jax.models.attention import count_positions
 from peanut_jax.models.attention_sight import make_sight
 from peanut_jax.models.cache import Cache
+from peanut_jax.models.cached_attention import Seen
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.head_loss import Chunk, chunked, cross_entropy, head_loss
 from peanut_jax.models.layers import Model
@@ -74,6 +75,10 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens, attention_mask=None, *, segments=None, positions=None):
         """What the head reads: [batch, seq, hidden_size]. Arguments as for `__call__`."""
+        return self._read(tokens, attention_mask, segments, positions, None)[0]
+
+    def _read(self, tokens, attention_mask, segments, positions, cache):
+        """What the head reads of whole rows, and the cache's slots, if there is one, with their keys and values."""
         check_known("tokens", tokens, self.config.vocab_size, attention_mask, segments)
         real = None if attention_mask is None else jnp.asarray(attention_mask, bool)
         if segments is not None:
@@ -83,28 +88,36 @@ class Decoder(nn.Module):
         ids = self._ids(tokens)
         # A padding id may lie outside the vocabulary, where an embedding is NaN, and 0 * NaN is NaN.
         ids = ids if real is None else jnp.where(real, ids, 0)
-        return self.model(ids, sight.positions, sight, None)[0]
+        return self.model(ids, sight.positions, sight, cache)
 
-    def step(
-        self, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
-    ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        """Appends tokens to the cache, and gives the logits after the last one.
+    def prompt(
+        self, tokens: Int[Array, "prompts seq"], real: Bool[Array, "prompts seq"], cache: Cache
+    ) -> tuple[Float[Array, "prompts vocab"], Cache]:
+        """Fills an empty cache with prompts, and gives the logits after their last tokens.
 
         Args:
-            tokens: A prompt, padded on the left, or one token a row.
+            tokens: Prompts, padded on the left.
             real: False for padding.
-            cache: Needs room for the tokens.
+            cache: Needs room for the tokens. It may have several rows a prompt, which stand together.
         """
-        check_known("tokens", tokens, self.config.vocab_size, real)
-        positions = cache.positions.max(-1, keepdims=True) + jnp.cumsum(real, -1)
-        positions = jnp.maximum(positions, 0)
-        key_positions = lax.dynamic_update_slice_in_dim(
-            cache.positions, jnp.where(real, positions, -1), cache.filled, axis=1
-        )
-        mask = make_mask(positions, key_positions, None, None)
-        x, kept = self.model(jnp.where(real, self._ids(tokens), 0), positions, mask, cache)
-        filled = cache.filled + tokens.shape[1]
-        return self._logits(x[:, -1:])[:, 0], Cache(kept[0], kept[1], key_positions, filled)
+        x, slots = self._read(tokens, real, None, None, cache)
+        positions = jnp.where(real, count_positions(real, None), -1)
+        positions = jnp.repeat(positions, len(cache.positions) // len(tokens), axis=0)
+        positions = lax.dynamic_update_slice(cache.positions, positions, (0, 0))
+        return self._logits(x[:, -1]), Cache(slots[0], slots[1], positions, jnp.int32(tokens.shape[1]))
+
+    def step(self, token: Int[Array, " rows"], cache: Cache) -> tuple[Float[Array, "rows vocab"], Cache]:
+        """Appends one token a row to the cache, and gives the logits after it.
+
+        Args:
+            cache: After `prompt`, with a slot that is not yet filled.
+        """
+        check_known("token", token, self.config.vocab_size)
+        position = cache.positions.max(-1, keepdims=True) + 1
+        positions = lax.dynamic_update_slice(cache.positions, position, (0, cache.filled))
+        seen = Seen(positions >= 0, position - positions, cache.filled)
+        x, slots = self.model(self._ids(token[:, None]), position, seen, cache)
+        return self._logits(x[:, 0]), Cache(slots[0], slots[1], positions, cache.filled + 1)
 
     def loss(
         self,

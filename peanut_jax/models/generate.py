@@ -1,7 +1,7 @@
-"""Generation with the decoder: greedy, sampling and beam search over a key/value cache, each one compiled loop.
+"""Generation with the decoder: greedy, sampling and beam search over a key/value cache, in compiled loops.
 
-Prompts are padded on the left to a power of two, and the cache has room for a power of two of new tokens, so that
-prompts of like lengths share one compiled function. Adapters work unmerged: one for all rows, or one for each row.
+Prompts are padded on the left to a power of two, the batch is filled up, and how tokens are chosen is values: what is
+alike in size shares what was compiled. Adapters work unmerged: one for all rows, or one for each row.
 """
 
 import functools
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
@@ -21,9 +20,9 @@ from peanut_jax.models.beam import beam_search, continuations
 from peanut_jax.models.config_fields import number
 from peanut_jax.models.decoder import Decoder
 from peanut_jax.models.decoder_config import DecoderConfig
-from peanut_jax.models.decoding import Prompts
-from peanut_jax.models.generation_config import Sampling
-from peanut_jax.models.sampling import sample
+from peanut_jax.models.decoding import Prompts, Rules, stages
+from peanut_jax.models.generation_config import Sampling, checked_penalty
+from peanut_jax.models.sampling import draw_of, sample
 from peanut_jax.models.serving import Factors, serve
 from peanut_jax.models.token_ids import check_inside, id_list
 
@@ -47,6 +46,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    repetition_penalty: float | None = None,
 ) -> list[list[int]]:
     """Continues each prompt, until an end-of-sequence token or `max_new_tokens`.
 
@@ -66,6 +66,9 @@ def generate(
         key: For sampling.
         num_beams: More than 1 searches with beams, as transformers does with early_stopping=False.
         length_penalty: A finished beam's score is its log-probability / length ** length_penalty.
+        repetition_penalty: Above 1 makes tokens less likely that stand in the prompt or the continuation: their scores
+            are divided by it, or multiplied where negative. None takes the checkpoint's
+            (`model.config.generation.repetition_penalty`), as transformers does; 1 penalises none.
 
     Returns:
         The new tokens of each prompt.
@@ -91,22 +94,32 @@ def generate(
         raise ValueError(f"sampling must be a Sampling or None, got {short(sampling)}")
     if sampling is not None and (key is None or num_beams > 1):
         raise ValueError("sampling needs a key, and does not go with num_beams")
-    served = serve(factors, adapter_ids, len(rows), num_beams)
-    tokens, real = left_padded(rows)
-    room = tokens.shape[1] + bucket(int(max_new_tokens))
-    start = Prompts(params, tokens, real, served, jnp.int32(max_new_tokens))
+    penalty = _repetition_penalty(config, repetition_penalty)
+    batch, new = batch_bucket(len(rows)), bucket(int(max_new_tokens))
+    served = serve(factors, adapter_ids, len(rows), batch, model.dtype)
+    tokens, real = left_padded([*rows, *[np.zeros(1, np.int32)] * (batch - len(rows))])
+    prompts_in = Prompts(params, tokens, real, jnp.arange(batch) < len(rows), served)
+    rules = Rules(jnp.int32(max_new_tokens), _filled_up(eos), None if penalty == 1 else jnp.float32(penalty))
+    sizes = stages(tokens.shape[1], tokens.shape[1] + new)
     if num_beams > 1:
-        penalty = float(length_penalty)
-        out, lengths = beam_search(model, start, room=room, eos=eos, num_beams=num_beams, length_penalty=penalty)
+        long = float(length_penalty)
+        out, lengths = beam_search(model, prompts_in, rules, sizes, num_beams=num_beams, length_penalty=long)
     else:
-        key = jax.random.key(0) if key is None else key
-        out, lengths = sample(model, start, room=room, eos=eos, sampling=sampling, key=key)
-    return [row[:length] for row, length in zip(np.asarray(out).tolist(), np.asarray(lengths).tolist(), strict=True)]
+        draw = None if sampling is None or key is None else draw_of(sampling, key, config.vocab_size)
+        out, lengths = sample(model, prompts_in, rules, draw, sizes)
+    both = zip(np.asarray(out).tolist(), np.asarray(lengths).tolist(), strict=True)
+    return [row[:length] for row, length in both][: len(rows)]
 
 
 def bucket(length: int) -> int:
     """The length that arrays are made for: the next power of two."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def batch_bucket(rows: int) -> int:
+    """The rows that a batch is filled up to: the next power of two, and above 16 the half between two as well."""
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power > 16 and rows <= power * 3 // 4 else power
 
 
 def left_padded(
@@ -148,6 +161,18 @@ def _ends(config: DecoderConfig, eos_token_ids: Any) -> tuple[int, ...]:
     ids = id_list("eos_token_ids", [eos_token_ids] if alone else eos_token_ids)
     check_inside("eos_token_ids hold", ids, config.vocab_size)
     return tuple(dict.fromkeys(ids.tolist()))
+
+
+def _filled_up(eos: tuple[int, ...]) -> Int[Array, " ends"]:
+    """The ends, with -1 up to a power of two."""
+    size = 1 << (len(eos) - 1).bit_length() if eos else 1
+    return jnp.array([*eos, *[-1] * (size - len(eos))], jnp.int32)
+
+
+def _repetition_penalty(config: DecoderConfig, given: float | None) -> float:
+    if given is None:
+        return config.generation.repetition_penalty
+    return checked_penalty(given)
 
 
 def _check_beams(config: DecoderConfig, num_beams: int, length_penalty: float, ends: int) -> None:

@@ -19,7 +19,7 @@ GENERATION_FILE = "generation_config.json"
 
 # The most end-of-sequence tokens that a file may list; published ones have up to 5.
 _MOST_ENDS = 1024
-_LARGEST = sys.float_info.max
+_LARGEST, _SMALLEST = sys.float_info.max, sys.float_info.min
 # Fields that change what transformers generates and that `generate` does not follow -> the values with which they
 # change nothing. Those of lengths are not here, for `generate` takes its own; nor those of encoders, of assistants, of
 # speed and of the output's form.
@@ -30,7 +30,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "early_stopping": (False, None),
     "penalty_alpha": (0, None),
     "dola_layers": (None,),
-    "repetition_penalty": (1, None),
     "no_repeat_ngram_size": (0, None),
     "min_length": (0, None),
     "min_new_tokens": (0, None),
@@ -92,11 +91,13 @@ class Generation:
         eos_token_ids: Tokens that end a continuation; `generate` takes them unless it is given others.
         sampling: How the checkpoint's authors draw tokens, None for greedy: for `generate(sampling=...)`, which is
             greedy unless it is asked.
+        repetition_penalty: Of tokens that have come before, above 1; `generate` takes it unless it is given another.
         ignored: What else the file asks for and `generate` does not do, as `name=value`; it logs a warning.
     """
 
     eos_token_ids: tuple[int, ...] = ()
     sampling: Sampling | None = None
+    repetition_penalty: float = 1.0
     ignored: tuple[str, ...] = ()
 
 
@@ -123,7 +124,7 @@ def read_generation(fields: Mapping[str, Any], vocab_size: int) -> Generation:
         ValueError: a field of another type, or out of its range.
     """
     ends = _ends(fields.get("eos_token_id"))
-    sampling = _sampling(fields)
+    sampling, penalty = _sampling(fields), fields.get("repetition_penalty")
     neutral = {**_NEUTRAL, **(_NEUTRAL_SAMPLING if sampling else {})}
     ignored = [
         f"{name}={short(fields[name])}" for name, values in neutral.items() if fields.get(name) not in (None, *values)
@@ -134,8 +135,18 @@ def read_generation(fields: Mapping[str, Any], vocab_size: int) -> Generation:
     return Generation(
         eos_token_ids=tuple(end for end in dict.fromkeys(ends) if end not in outside),
         sampling=sampling,
+        repetition_penalty=1.0 if penalty is None else checked_penalty(penalty),
         ignored=tuple(ignored),
     )
+
+
+def checked_penalty(value: Any) -> float:
+    """A repetition penalty.
+
+    Raises:
+        ValueError: not a number above 0.
+    """
+    return number("repetition_penalty", value, "above 0", _SMALLEST, _LARGEST)
 
 
 def _ends(value: Any) -> list[int]:

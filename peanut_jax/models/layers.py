@@ -7,6 +7,7 @@ References:
     transformers 4.57, `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jaxtyping import Array, Float
 
-from peanut_jax.models.attention import attend
 from peanut_jax.models.attention_roads import attend_rows
 from peanut_jax.models.attention_sight import RESIDUALS, Window, layer_windows
+from peanut_jax.models.cache import extend, of_layer
+from peanut_jax.models.cached_attention import Seen, attend_cached
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
 from peanut_jax.xla_cpu import LOW_RANK
@@ -44,18 +46,24 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings."""
+    """Grouped-query attention with rotary embeddings.
+
+    The keys of a prompt, or of one token a row, also go into the slots of a cache, if there is one. A prompt attends to
+    itself alone; one token (`mask` is a `Seen`) to the slots of its layer.
+    """
 
     config: DecoderConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, positions, mask, window, cache):
+    def __call__(self, x, positions, mask, window, slots, layer):
         config = self.config
         batch, seq, _ = x.shape
 
         def heads(name: str, count: int) -> Array:
             y = nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+            if isinstance(mask, Seen):  # or XLA on TPU lets the heads choose the kernel's layout, and copies the kernel
+                y = jax.lax.optimization_barrier(y)
             return y.reshape(batch, seq, count, config.head_dim)
 
         q = heads("q_proj", config.num_attention_heads)
@@ -69,17 +77,15 @@ class Attention(nn.Module):
         q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
         if not config.qk_norm:
             q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
-        if cache is None:
-            y = attend_rows(q, k, v, mask, window, config.attention)
+        if slots is not None:
+            slots = extend(slots, layer, k, v, mask.slot if isinstance(mask, Seen) else 0)
+        if isinstance(mask, Seen):
+            y = attend_cached(q, *of_layer(slots, layer), mask, window.limit())
         else:
-            keys, values, filled = cache
-            k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), filled, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), filled, axis=1)
-            cache = k, v
-            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, window.limit(), config.attention)
+            y = attend_rows(q, k, v, mask, window, config.attention)
         y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
         y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
-        return y, cache
+        return y, slots
 
 
 class MLP(nn.Module):
@@ -99,19 +105,25 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, MLP, with residuals."""
+    """Norm, attention, norm, MLP, with residuals.
+
+    What the layers hand on is (x, slots): the slots of one layer with `layer` None, or those of the whole stack with
+    this one's number in it, so that a scan carries them and writes to them in place. None without a cache.
+    """
 
     config: DecoderConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, positions, mask, window, cache):
+    def __call__(self, carry, positions, mask, window, layer):
+        x, slots = carry
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, self.dtype, name="self_attn")
-        y, cache = attention(RMSNorm(eps, self.dtype, name="input_layernorm")(x), positions, mask, window, cache)
+        h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
+        y, slots = attention(h, positions, mask, window, slots, layer)
         x = checkpoint_name(x + y, AFTER_ATTENTION)
         x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
-        return x, cache
+        return (x, slots), None
 
 
 class Layers(nn.Module):
@@ -122,22 +134,27 @@ class Layers(nn.Module):
     layer: Any
 
     @nn.compact
-    def __call__(self, x, positions, mask, windows, cache):
+    def __call__(self, carry, positions, mask, windows, layers):
+        x, slots = carry
         kept = []
         for i in range(self.config.num_hidden_layers):
             window = Window(None, (self.config.windows[i],))
-            own = None if cache is None else tuple(part[i] for part in cache)
-            x, own = self.layer(self.config, self.dtype, name=str(i))(x, positions, mask, window, own)
+            own = None if slots is None else (slots[0][i], slots[1][i])
+            (x, own), _ = self.layer(self.config, self.dtype, name=str(i))((x, own), positions, mask, window, None)
             kept.append(own)
-        return x, None if cache is None else tuple(zip(*kept, strict=True))
+        return (x, None if slots is None else tuple(zip(*kept, strict=True))), None
+
+
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """What `DecoderConfig.remat`, other than "none", keeps of a layer, as `jax.checkpoint` takes it."""
+    return checkpoint_policies.save_only_these_names(*_KEPT[remat])
 
 
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        policy = checkpoint_policies.save_only_these_names(*_KEPT[config.remat])
-        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+        layer = nn.remat(Layer, policy=remat_policy(config.remat), prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(
@@ -166,8 +183,7 @@ class Model(nn.Module):
     def __call__(self, tokens, positions, mask, cache):
         config = self.config
         windows = layer_windows(config.windows)
-        layer_cache = None
-        if cache is not None:
-            layer_cache = (cache.keys, cache.values, jnp.broadcast_to(cache.filled, (config.num_hidden_layers,)))
-        x, kept = self.layers(self.embed_tokens(tokens), positions, mask, windows, layer_cache)
-        return self.norm(x), kept
+        slots = None if cache is None else (cache.keys, cache.values)
+        layers = None if cache is None else jnp.arange(config.num_hidden_layers)
+        (x, slots), _ = self.layers((self.embed_tokens(tokens), slots), positions, mask, windows, layers)
+        return self.norm(x), slots

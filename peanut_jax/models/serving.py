@@ -1,48 +1,37 @@
 """Adapters applied unmerged while the decoder generates: one for all rows, or several, one a row."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array
 
 from peanut_jax.frontends.linen import bind
 from peanut_jax.messages import short
-from peanut_jax.models.cache import Cache, change_rows, row_axes
 from peanut_jax.models.decoder import Decoder
-from peanut_jax.updates import KernelUpdate, Updates, checked, map_with_axes
-
-# (tokens [batch, seq], real [batch, seq], cache) -> (logits [batch, vocab], cache)
-Step = Callable[[Array, Array, Cache], tuple[Array, Cache]]
-
-
-@flax.struct.dataclass
-class RowUpdates:
-    """Each row's own updates: `updates` with a leading axis of the rows."""
-
-    updates: Updates
-
+from peanut_jax.models.side_by_side import side_by_side
+from peanut_jax.updates import KernelUpdate, LowRank, PerRow, Sum, Updates, checked, combine, map_with_axes, parts
 
 # As a caller gives them: kernel path -> update, or a (left, right) tuple.
 Factors = Mapping[str, Any]
-# What is applied: one adapter's updates for all rows, each row's own, or nothing.
-Served = Updates | RowUpdates | None
+# What is applied: updates for all rows or with rows of their own, or nothing.
+Served = dict[str, Any] | None
 
 
 def serve(
-    factors: Factors | Sequence[Factors] | None, adapter_ids: Sequence[int] | None, rows: int, copies: int
+    factors: Factors | Sequence[Factors] | None, adapter_ids: Sequence[int] | None, prompts: int, rows: int, dtype: Any
 ) -> Served:
     """What `generate`'s arguments say is applied to each row.
 
     Args:
         factors: The updates of one adapter, or of several.
         adapter_ids: With several: the number of each prompt's adapter.
-        rows: Number of prompts.
-        copies: Rows that each prompt becomes, one after the other: the number of beams.
+        prompts: Number of prompts.
+        rows: Rows of the batch, which may be more.
+        dtype: Of the model's products.
 
     Raises:
         ValueError: ids without several adapters, or the other way round; ids that do not fit them.
@@ -51,77 +40,88 @@ def serve(
         if factors is None or isinstance(factors, Mapping):
             return None if factors is None else checked(factors, "generate")
     elif factors is not None and not isinstance(factors, Mapping):
-        return by_row([checked(one, "generate") for one in factors], adapter_ids, rows, copies)
+        adapters = [checked(one, "generate") for one in factors]
+        return by_row(adapters, _checked_ids(adapter_ids, adapters, prompts), rows, dtype)
     raise ValueError("adapter_ids goes with a list of several adapters' factors, and says which each prompt takes")
 
 
-def by_row(adapters: Sequence[Updates], adapter_ids: Sequence[int], rows: int, copies: int) -> RowUpdates:
-    """Each row's own updates. Adapters of other targets or ranks are filled up with zeros.
-
-    Raises:
-        ValueError: ids that are not one for each row, each an adapter's number; adapters without any kernel, or of
-            methods whose updates of one kernel differ in kind.
-    """
+def _checked_ids(adapter_ids: Sequence[int], adapters: Sequence[Updates], prompts: int) -> list[int]:
     chosen = np.asarray(adapter_ids)
-    whole = chosen.shape == (rows,) and chosen.dtype.kind in "iu"
+    whole = chosen.shape == (prompts,) and chosen.dtype.kind in "iu"
     if not whole or not all(0 <= one < len(adapters) for one in chosen):
-        raise ValueError(f"adapter_ids must be {rows} numbers below {len(adapters)}, got {short(chosen.tolist())}")
+        raise ValueError(f"adapter_ids must be {prompts} numbers below {len(adapters)}, got {short(chosen.tolist())}")
     if not any(adapters):
         raise ValueError("factors holds no adapted kernel")
-    widest = _own_sizes(update for tree in adapters for update in tree.values())
-    like: Updates = {path: update for tree in adapters for path, update in tree.items()}
-    alike = [{path: _filled_up(tree.get(path), one, widest, path) for path, one in like.items()} for tree in adapters]
-    ids = jnp.repeat(jnp.asarray(chosen), copies)
-    return RowUpdates(jax.tree.map(lambda *arrays: jnp.stack(arrays)[ids], *alike))
+    return chosen.tolist()
 
 
-def _own_sizes(updates: Iterable[KernelUpdate]) -> dict[str, int]:
-    """The largest size of each axis that is not a side of the kernel, such as the rank, by its word."""
-    found: dict[str, int] = {}
+def by_row(adapters: Sequence[Updates], adapter_ids: Sequence[int], rows: int, dtype: Any) -> Served:
+    """Updates that give each row its own adapter; rows behind the last of `adapter_ids` have none.
+
+    Adapters that no row takes are left out. Low-rank updates are kept once each, others once a row.
+    """
+    used = sorted(set(adapter_ids))
+    numbers = [used.index(one) for one in adapter_ids] + [-1] * (rows - len(adapter_ids))
+    paths = dict.fromkeys(path for one in used for path in adapters[one])
+    return {path: _at_one_kernel([adapters[one].get(path) for one in used], numbers, dtype) for path in paths} or None
+
+
+def _at_one_kernel(updates: Sequence[KernelUpdate | None], rows: Sequence[int], dtype: Any) -> Any:
+    """One update of a kernel from those of several adapters: of each kind of update, its part of every adapter."""
+    split = [() if update is None else parts(update) for update in updates]
+    found: list[Any] = []
+    for kind in dict.fromkeys(type(part) for one in split for part in one):
+        own = [_combined([part for part in one if type(part) is kind]) for one in split]
+        found.append(side_by_side(own, rows, dtype) if kind is LowRank else _per_row(own, rows))
+    return found[0] if len(found) == 1 else Sum(tuple(found))
+
+
+def _combined(updates: Sequence[Any]) -> Any:
+    """The sum of one adapter's updates of one kind; None of none."""
+    return combine(*({"": update} for update in updates))[""] if updates else None
+
+
+def _per_row(updates: Sequence[Any], rows: Sequence[int]) -> PerRow:
+    """Each row's own of updates of one kind, zeros where it has none."""
+    real = [update for update in updates if update is not None]
+    widest: dict[str, int] = {}
 
     def note(axes: tuple[str, ...], array: Array) -> Array:
         for word, size in zip(axes, array.shape[array.ndim - len(axes) :], strict=True):
-            if word not in ("in", "out"):
-                found[word] = max(size, found.get(word, 0))
+            widest[word] = max(size, widest.get(word, 0))
         return array
 
-    for update in updates:
-        map_with_axes(note, update)
-    return found
-
-
-def _filled_up(update: KernelUpdate | None, like: KernelUpdate, widest: Mapping[str, int], path: str) -> KernelUpdate:
-    """The update with zeros up to the widest of its own axes, which changes nothing; without one, zeros as `like`."""
-
     def pad(axes: tuple[str, ...], array: Array) -> Array:
-        own = zip(axes, array.shape[array.ndim - len(axes) :], strict=True)
-        return jnp.pad(array, [(0, 0)] * (array.ndim - len(axes)) + [(0, widest.get(w, n) - n) for w, n in own])
+        own = [(0, widest[word] - n) for word, n in zip(axes, array.shape[array.ndim - len(axes) :], strict=True)]
+        return jnp.pad(array, [(0, 0)] * (array.ndim - len(axes)) + own)
 
-    if update is not None and type(update) is not type(like):
-        raise ValueError(
-            f"the updates of {path!r} are a {type(update).__name__} and a {type(like).__name__}: adapters side by side "
-            "in one batch must be of one method"
-        )
-    return map_with_axes(pad, jax.tree.map(jnp.zeros_like, like) if update is None else update)
+    for update in real:
+        map_with_axes(note, update)
+    nothing = jax.tree.map(jnp.zeros_like, map_with_axes(pad, real[0]))
+    alike = [nothing if update is None else map_with_axes(pad, update) for update in updates]
+    index = np.array([len(alike) if row < 0 else row for row in rows])
+    leaves = [jax.tree.leaves(one) for one in (*alike, nothing)]
+    stacks: list[int] = []
+    map_with_axes(lambda axes, array: stacks.append(array.ndim - len(axes)), real[0])
+    stacked = [
+        jnp.take(jnp.stack(arrays, axis=stack), index, axis=stack)
+        for arrays, stack in zip(zip(*leaves, strict=True), stacks, strict=True)
+    ]
+    return PerRow(jax.tree.unflatten(jax.tree.structure(nothing), stacked))
 
 
-def adapted_step(model: Decoder, params: PyTree, served: Served) -> Step:
-    """`Decoder.step` of the plain or the adapted model."""
+def repeated(served: Served, copies: int) -> Served:
+    """For rows of which each prompt has `copies`, one after the other."""
 
-    def plain(
-        params: PyTree, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], cache: Cache
-    ) -> tuple[Float[Array, "batch vocab"], Cache]:
-        return model.apply(params, tokens, real, cache, method="step")  # type: ignore[return-value]
+    def repeat(axes: tuple[str, ...], array: Array) -> Array:
+        if "rows" not in axes:
+            return array
+        return jnp.repeat(array, copies, axis=axes.index("rows") - len(axes))
 
-    if served is None:
-        return partial(plain, params)
-    if not isinstance(served, RowUpdates):
-        return partial(bind(plain, served), params)
+    return served and {path: map_with_axes(repeat, update) for path, update in served.items()}
 
-    def one_row(updates: Updates, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
-        alone = change_rows(cache, jnp.expand_dims)
-        logits, alone = bind(plain, updates)(params, tokens[None], real[None], alone)
-        return logits[0], change_rows(alone, jnp.squeeze)
 
-    axes = row_axes(model.config)
-    return partial(jax.vmap(one_row, in_axes=(0, 0, 0, axes), out_axes=(0, axes)), served.updates)
+def adapted(model: Decoder, method: str, served: Served) -> Callable[..., Any]:
+    """A method of the plain or the adapted model, as a function of its variables and arguments."""
+    plain = partial(model.apply, method=method)
+    return plain if served is None else bind(plain, served)

@@ -108,12 +108,13 @@ def test_cache(family, name):
     _, _, model, params = family(name)
     tokens, mask = tokens_and_mask("left")
     whole = jax.jit(model.apply)(params, tokens, mask)
-    step = jax.jit(functools.partial(model.apply, method="step"))
+    prompt, step = (jax.jit(functools.partial(model.apply, method=name)) for name in ("prompt", "step"))
     split = LENGTH - 6
-    logits, cache = step(params, tokens[:, :split], mask[:, :split] == 1, empty_cache(model.config, 3, 64, jnp.float32))
+    empty = empty_cache(model.config, 3, 64, jnp.float32)
+    logits, cache = prompt(params, tokens[:, :split], mask[:, :split] == 1, empty)
     for i in range(split, LENGTH):
         np.testing.assert_allclose(logits, whole[:, i - 1], rtol=0, atol=2e-5)
-        logits, cache = step(params, tokens[:, i : i + 1], jnp.ones((3, 1), bool), cache)
+        logits, cache = step(params, tokens[:, i], cache)
     np.testing.assert_allclose(logits, whole[:, -1], rtol=0, atol=2e-5)
     assert int(cache.filled) == LENGTH
 
