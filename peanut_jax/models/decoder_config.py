@@ -43,8 +43,8 @@ class DecoderConfig:
         windows: Per layer, how many keys back a query sees, itself included; None for all.
         qkv_bias, out_bias, mlp_bias: Biases of the dense layers.
         qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
-        remat: What the backward pass recomputes: nothing ("none": all activations are kept), everything but matrix
-            products and attention ("dots"), the MLP's products too ("attention"), or each whole layer ("full").
+        remat: What the backward pass recomputes: nothing ("none": all activations are kept), all but matrix products
+            and attention's kernels ("dots"), the MLP's products as well ("attention"), or each whole layer ("full").
         scan_layers: One `nn.scan` stack: a compile time that hardly grows with the layers, for training. False gives
             every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
             as reading a layer's weights.
