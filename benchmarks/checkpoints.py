@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 
 def llama_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensor names and shapes of a transformers Llama checkpoint."""
+    """Tensor names and shapes of a transformers Llama checkpoint; a tied head is not in it."""
     d, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = d * config["num_key_value_heads"] // config["num_attention_heads"]
     yield "model.embed_tokens.weight", (vocab, d)
@@ -25,7 +25,8 @@ def llama_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield layer + "mlp.up_proj.weight", (ff, d)
         yield layer + "mlp.down_proj.weight", (d, ff)
     yield "model.norm.weight", (d,)
-    yield "lm_head.weight", (vocab, d)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (vocab, d)
 
 
 def config_of(layers: int) -> dict:
@@ -59,7 +60,7 @@ def write_llama(folder: Path, config: dict, shards: int) -> int:
         file, tensors = f"model-{shard:05d}-of-{shards:05d}.safetensors", {}
         while done < len(names) and (written < total * shard / shards or shard == shards):
             name, shape = names[done]
-            tensors[name] = (rng.standard_normal(shape, np.float32) * 0.02).astype(jnp.bfloat16)
+            tensors[name] = random_bfloat16(rng, shape)
             weight_map[name] = file
             written += tensors[name].nbytes
             done += 1
@@ -67,3 +68,9 @@ def write_llama(folder: Path, config: dict, shards: int) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def random_bfloat16(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers between 2^-7 and 2^-6 of either sign, drawn as bits: ten times as fast as a normal distribution."""
+    bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16).reshape(shape)
+    return ((bits & np.uint16(0x807F)) | np.uint16(0x3C00)).view(jnp.bfloat16)

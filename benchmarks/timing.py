@@ -35,3 +35,18 @@ def stepping(step: Callable, state: Any, *args: Any) -> Callable[[], None]:
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     """The median of the ratios of neighbouring repeats, which slow drifts of the machine leave alone."""
     return float(np.median(np.asarray(seconds) / np.asarray(reference)))
+
+
+def repeated(step: Callable[[], None], *, seconds: float, least: int = 3, most: int = 30) -> list[float]:
+    """Seconds of each repeat of one step, which must block until its work is done.
+
+    Args:
+        seconds: After this long no further repeat begins, once there are `least`; the first, a warm-up, is not counted.
+    """
+    step()
+    taken: list[float] = []
+    while len(taken) < least or (sum(taken) < seconds and len(taken) < most):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return taken

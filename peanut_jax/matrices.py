@@ -1,10 +1,12 @@
 """The frozen kernel as a method reads it: through products, so that a method does not know how it is stored."""
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from peanut_jax import xla_cpu
@@ -87,6 +89,23 @@ _times.defvjp(_times_forward, _times_backward)
 _transposed_times.defvjp(_transposed_times_forward, _transposed_times_backward)
 
 
-def float32_dot(*args: Any, **kwargs: Any) -> Array:
-    """`lax.dot_general` with a float32 result of operands in any dtype; for a module's `dot_general`."""
-    return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _float32_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: lax.PrecisionLike) -> Array:
+    return lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type=jnp.float32)
+
+
+@_float32_dot.defjvp
+def _float32_dot_jvp(dimension_numbers: Any, precision: lax.PrecisionLike, primals: Any, tangents: Any) -> Any:
+    # The derived rule would multiply the float32 cotangent by a float32 copy of the kernel.
+    _, tangent = jax.jvp(
+        partial(lax.dot_general, dimension_numbers=dimension_numbers, precision=precision), primals, tangents
+    )
+    return _float32_dot(*primals, dimension_numbers, precision), tangent.astype(jnp.float32)
+
+
+def float32_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: lax.PrecisionLike = None) -> Array:
+    """`lax.dot_general` with a float32 result of operands in any dtype, which are those of its backward pass too.
+
+    For a module's `dot_general`.
+    """
+    return _float32_dot(x, kernel, dimension_numbers, precision)

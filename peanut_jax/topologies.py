@@ -28,6 +28,8 @@ _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server which machine this is
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at a time, as none of them has a chip
+    "TPU_WORKER_HOSTNAMES": "localhost",  # without these two libtpu prints that it does not know the machine
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
 
 
@@ -63,7 +65,7 @@ def slice_devices(name: str) -> list[Any]:
     Raises:
         ValueError: as `parse_slice`.
         ImportError: libtpu is not installed.
-        RuntimeError: a libtpu that does not make the slice.
+        NotImplementedError: a libtpu that does not make the slice.
 
     Examples:
         >>> from peanut_jax.topologies import slice_devices
@@ -80,7 +82,9 @@ def slice_devices(name: str) -> list[Any]:
     try:
         found = topologies.get_topology_desc(f"{generation}:{grid}", platform="tpu", **_OPTIONS.get(generation, {}))
     except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(f"libtpu does not make the slice {name} ({generation}:{grid}): {one_line(error)}") from error
+        raise NotImplementedError(
+            f"libtpu does not make the slice {name} ({generation}:{grid}): {one_line(error)}"
+        ) from error
     return list(found.devices)
 
 

@@ -14,7 +14,7 @@ _OPAQUE_PRODUCT = re.compile(
 )
 
 
-def dot_flops(hlo: str) -> int:
+def dot_flops(hlo: str, unknown_trips: float | None = None) -> int:
     """2 * batch * M * N * K of every matrix product that one device computes.
 
     Counted are `dot`, cuBLAS calls, and a `convolution` without padding or dilation, which is a product (a patch
@@ -23,6 +23,7 @@ def dot_flops(hlo: str) -> int:
 
     Args:
         hlo: `compiled.as_text()`.
+        unknown_trips: How often a loop turns whose trip count XLA does not know, on average; None refuses them.
 
     Returns:
         The FLOPs, a multiplication and an addition being two.
@@ -34,7 +35,7 @@ def dot_flops(hlo: str) -> int:
     References:
         openxla/xla `xla/service/hlo_cost_analysis.cc`, GetDotFlops, whose count this is.
     """
-    return sum(flops * run.times for run in executions(hlo) if (flops := _flops(run)))
+    return round(sum(flops * run.times_with(unknown_trips) for run in executions(hlo) if (flops := _flops(run))))
 
 
 def _flops(run: Execution) -> int:

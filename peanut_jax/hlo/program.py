@@ -46,14 +46,23 @@ class Execution:
         Raises:
             ValueError: where a loop around it has no known trip count.
         """
-        times = 1
+        return round(self.times_with(None))
+
+    def times_with(self, unknown: float | None) -> float:
+        """Executions in one run, a loop without a known trip count taken to turn `unknown` times.
+
+        Raises:
+            ValueError: as `times`, where `unknown` is None.
+        """
+        times: float = 1
         for loop in self.loops:
-            if loop.trips is None:
+            trips = unknown if loop.trips is None else loop.trips
+            if trips is None:
                 raise ValueError(
                     f"loop {loop.name!r} has no known trip count, so {self.instruction.name!r} "
                     f"({self.instruction.opcode}) inside it cannot be counted: give the loop a static length"
                 )
-            times *= loop.trips
+            times *= trips
         return times
 
 

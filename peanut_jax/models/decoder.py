@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from peanut_jax.base.kernels import BOUND, COLLECTION
 from peanut_jax.matrices import float32_dot
-from peanut_jax.models.attention import Mask, count_positions, make_mask, renumber
+from peanut_jax.models.attention import count_positions
+from peanut_jax.models.attention_sight import make_sight
 from peanut_jax.models.cache import Cache
 from peanut_jax.models.cached_attention import Seen
 from peanut_jax.models.decoder_config import DecoderConfig
+from peanut_jax.models.head_loss import Chunk, chunked, cross_entropy, head_loss
 from peanut_jax.models.layers import Model
 from peanut_jax.models.token_ids import check_known
 from peanut_jax.training import LossFn
@@ -77,19 +80,15 @@ class Decoder(nn.Module):
     def _read(self, tokens, attention_mask, segments, positions, cache):
         """What the head reads of whole rows, and the cache's slots, if there is one, with their keys and values."""
         check_known("tokens", tokens, self.config.vocab_size, attention_mask, segments)
-        plain = attention_mask is None and segments is None and positions is None
-        real = jnp.ones_like(tokens, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        real = None if attention_mask is None else jnp.asarray(attention_mask, bool)
         if segments is not None:
-            real &= segments != 0
-            segments = renumber(jnp.asarray(segments))
-        positions = count_positions(real, segments) if positions is None else jnp.asarray(positions)
-        key_positions = jnp.where(real, positions, -1)
-        causal = plain and not any(self.config.windows)
-        mask = None if causal else make_mask(positions, key_positions, segments, segments)
-        if mask is not None:  # positions may begin again without segments, and still no token sees a later one
-            mask = Mask(jnp.tril(mask.allowed), mask.distance)
+            segments = jnp.asarray(segments)
+            real = segments != 0 if real is None else real & (segments != 0)
+        sight = make_sight(tokens.shape, real, segments, None if positions is None else jnp.asarray(positions))
+        ids = self._ids(tokens)
         # A padding id may lie outside the vocabulary, where an embedding is NaN, and 0 * NaN is NaN.
-        return self.model(jnp.where(real, self._ids(tokens), 0), positions, mask, cache)
+        ids = ids if real is None else jnp.where(real, ids, 0)
+        return self.model(ids, sight.positions, sight, cache)
 
     def prompt(
         self, tokens: Int[Array, "prompts seq"], real: Bool[Array, "prompts seq"], cache: Cache
@@ -144,20 +143,34 @@ class Decoder(nn.Module):
         check_known("labels", labels, self.config.vocab_size, weights)
         x = self.hidden(tokens, attention_mask, segments=segments)
         batch, seq = tokens.shape
-        # Cut along the sequence: a batch that is spread over devices stays so.
         columns = min(seq, max(1, chunk // batch))
         labels, weights = jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
+        parts = chunked(x, columns), chunked(labels, columns), chunked(weights, columns)
+        kernel = self._plain_head()
+        if kernel is not None:
+            total = head_loss(parts[0], kernel, *parts[1:], tied=self.config.tie_word_embeddings)
+        else:
+            total = self._loss_through_head(parts)
+        return total, weights.sum()
 
-        def one(module: "Decoder", total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            h, label, weight = (array.reshape(-1, *array.shape[2:]) for array in part)
-            return total + _cross_entropy(module._logits(h), label, weight), None
+    def _plain_head(self) -> Float[Array, "rows columns"] | None:
+        """The head's kernel, or the embedding tied to it; None where the head is more than a product with it."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.embedding
+        adapted = self.is_initializing() or self.lm_head.has_variable(COLLECTION, BOUND)
+        return None if adapted else self.lm_head.get_variable(COLLECTION, "kernel")
+
+    def _loss_through_head(self, parts: tuple[Array, Array, Array]) -> Float[Array, ""]:
+        """The loss of chunks by the module itself, which forms their logits again in the backward pass."""
+
+        def one(module: "Decoder", total: Array, part: Chunk) -> tuple[Array, None]:
+            h, label, weight = part
+            return total + cross_entropy(module._logits(h), label, weight), None
 
         body = nn.scan(
             nn.remat(one, prevent_cse=False), variable_broadcast="params", split_rngs={"params": False, "dropout": True}
         )
-        parts = _chunks(x, columns), _chunks(labels, columns), _chunks(weights, columns)
-        total, _ = body(self, jnp.zeros((), jnp.float32), parts)
-        return total, weights.sum()
+        return body(self, jnp.zeros((), jnp.float32), parts)[0]
 
     def _ids(self, tokens: Integers) -> Int[Array, "batch seq"]:
         """The ids for a lookup in which one outside the vocabulary gives NaN: as an index -1 is the last row."""
@@ -185,6 +198,8 @@ def language_loss(model: Decoder, chunk: int = CHUNK) -> LossFn:
     """`loss_fn` for `make_train_step`: the mean cross-entropy of the labels that count, 0 where none does.
 
     Its batches hold `tokens`, `labels`, `weights` and `segments`, each [batch, seq], as `Decoder.loss` takes them.
+    Without `segments` each row is one sequence, padded on the right if at all, with weights of 0: attention is then
+    plainly causal, which kernels compute fastest.
     """
 
     def loss_fn(params: PyTree, batch: Any, key: Any) -> tuple[Array, dict[str, Array]]:
@@ -197,24 +212,5 @@ def language_loss(model: Decoder, chunk: int = CHUNK) -> LossFn:
 def summed_loss(model: Decoder, params: PyTree, batch: Any, chunk: int = CHUNK) -> tuple[Array, Array]:
     """The sum over such a batch, and the sum of its weights."""
     tokens, labels, weights = batch["tokens"], batch["labels"], batch["weights"]
-    segments = batch["segments"]
+    segments = batch.get("segments")
     return model.apply(params, tokens, labels, weights, segments=segments, chunk=chunk, method="loss")  # type: ignore[return-value]
-
-
-def _chunks(array: Shaped[Array, "batch seq *width"], columns: int) -> Shaped[Array, "chunks batch columns *width"]:
-    """The array cut along its sequence, which is filled up with zeros."""
-    batch, seq, *width = array.shape
-    padded = jnp.pad(array, [(0, 0), (0, -seq % columns)] + [(0, 0)] * len(width))
-    return jnp.moveaxis(padded.reshape(batch, -1, columns, *width), 1, 0)
-
-
-def _cross_entropy(
-    logits: Float[Array, "tokens vocab"], labels: Int[Array, " tokens"], weights: Float[Array, " tokens"]
-) -> Float[Array, ""]:
-    """The weighted sum over the tokens."""
-    # A sum over a mask, for a gather's gradient would be another array of the logits' size.
-    its_own = jnp.arange(logits.shape[-1]) == labels[:, None]
-    picked = jnp.where(its_own, logits, 0.0).sum(-1)
-    inside = (labels >= 0) & (labels < logits.shape[-1])
-    picked = jnp.where(inside | (weights == 0), picked, jnp.nan)
-    return ((jax.nn.logsumexp(logits, axis=-1) - picked) * weights).sum()

@@ -14,8 +14,8 @@ from peanut_jax.models.families.family import Family, Fields
 from peanut_jax.models.generation_config import Generation, read_generation
 from peanut_jax.models.rope import Rope, read_rope
 
-REMAT_POLICIES = ("none", "dots", "full")
-ATTENTIONS = ("auto", "cudnn", "xla")
+REMAT_POLICIES = ("none", "dots", "attention", "full")  # each keeps less than the one before
+ATTENTIONS = ("auto", "splash", "cudnn", "chunked", "xla")
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Fields that make it another function, unless they have one of these values.
@@ -44,11 +44,12 @@ class DecoderConfig:
         qkv_bias, out_bias, mlp_bias: Biases of the dense layers.
         qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
         remat: What the backward pass recomputes: nothing ("none": all activations are kept), everything but matrix
-            products ("dots"), or each whole layer ("full").
+            products and attention ("dots"), the MLP's products too ("attention"), or each whole layer ("full").
         scan_layers: One `nn.scan` stack: a compile time that hardly grows with the layers, for training. False gives
             every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
             as reading a layer's weights.
-        attention: "cudnn" (fused, NVIDIA GPUs), "xla", or "auto": cuDNN where it can compute the shapes and dtype.
+        attention: A kernel, "splash" (TPUs) or "cudnn" (NVIDIA GPUs); XLA by blocks ("chunked") or at once ("xla"); or
+            "auto": the device's kernel where it takes the shapes and dtype, else XLA, by blocks in long rows.
         generation: Which tokens end a continuation, and how the checkpoint's authors draw them.
         unroll: Layers of `nn.scan` per iteration; with num_hidden_layers there is no loop, and XLA counts every layer.
     """

@@ -7,23 +7,28 @@ References:
     transformers 4.57, `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jaxtyping import Array, Float
 
-from peanut_jax.models.attention import attend
+from peanut_jax.models.attention_roads import attend_rows
+from peanut_jax.models.attention_sight import RESIDUALS, Window, layer_windows
 from peanut_jax.models.cache import extend, of_layer
 from peanut_jax.models.cached_attention import Seen, attend_cached
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
+from peanut_jax.xla_cpu import LOW_RANK
 
-# Later than any position: the window of a layer that sees every key.
-_EVERYTHING = np.iinfo(np.int32).max // 2
+# What a remat policy may keep, by name: what attention multiplies, the sum after it, and gate and up. They are named
+# behind the dense layers, so that of an adapted one the sum is kept, and not its two parts.
+QKV, AFTER_ATTENTION, WIDE = "qkv", "after_attention", "wide"
+_ATTENTION = (QKV, RESIDUALS, AFTER_ATTENTION, LOW_RANK)
+_KEPT = {"full": (), "attention": _ATTENTION, "dots": (*_ATTENTION, WIDE)}
 
 
 class RMSNorm(nn.Module):
@@ -64,16 +69,20 @@ class Attention(nn.Module):
         q = heads("q_proj", config.num_attention_heads)
         k = heads("k_proj", config.num_key_value_heads)
         v = heads("v_proj", config.num_key_value_heads)
-        if config.qk_norm:
+        v = checkpoint_name(v, QKV)
+        if config.qk_norm:  # whose backward pass needs what it was given
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
             q = RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(k)
         q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
+        if not config.qk_norm:
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
         if slots is not None:
             slots = extend(slots, layer, k, v, mask.slot if isinstance(mask, Seen) else 0)
         if isinstance(mask, Seen):
-            y = attend_cached(q, *of_layer(slots, layer), mask, window)
+            y = attend_cached(q, *of_layer(slots, layer), mask, window.limit())
         else:
-            y = attend(q, k, v, mask, window, config.attention)
+            y = attend_rows(q, k, v, mask, window, config.attention)
         y = y.reshape(batch, seq, config.num_attention_heads * config.head_dim)
         y = nn.Dense(config.hidden_size, use_bias=config.out_bias, dtype=self.dtype, name="o_proj")(y)
         return y, slots
@@ -91,8 +100,8 @@ class MLP(nn.Module):
             return nn.Dense(width, use_bias=self.config.mlp_bias, dtype=self.dtype, name=name)(y)
 
         wide = self.config.intermediate_size
-        gated = nn.silu(dense("gate_proj", wide, x)) * dense("up_proj", wide, x)
-        return dense("down_proj", self.config.hidden_size, gated)
+        gate, up = (checkpoint_name(dense(name, wide, x), WIDE) for name in ("gate_proj", "up_proj"))
+        return dense("down_proj", self.config.hidden_size, nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -112,7 +121,7 @@ class Layer(nn.Module):
         attention = Attention(self.config, self.dtype, name="self_attn")
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         y, slots = attention(h, positions, mask, window, slots, layer)
-        x = x + y
+        x = checkpoint_name(x + y, AFTER_ATTENTION)
         x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return (x, slots), None
 
@@ -129,19 +138,23 @@ class Layers(nn.Module):
         x, slots = carry
         kept = []
         for i in range(self.config.num_hidden_layers):
-            window = None if windows is None else windows[i]
+            window = Window(None, (self.config.windows[i],))
             own = None if slots is None else (slots[0][i], slots[1][i])
             (x, own), _ = self.layer(self.config, self.dtype, name=str(i))((x, own), positions, mask, window, None)
             kept.append(own)
         return (x, None if slots is None else tuple(zip(*kept, strict=True))), None
 
 
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """What `DecoderConfig.remat`, other than "none", keeps of a layer, as `jax.checkpoint` takes it."""
+    return checkpoint_policies.save_only_these_names(*_KEPT[remat])
+
+
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        policy = checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        layer = nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+        layer = nn.remat(Layer, policy=remat_policy(config.remat), prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(
@@ -169,9 +182,7 @@ class Model(nn.Module):
 
     def __call__(self, tokens, positions, mask, cache):
         config = self.config
-        windows = None
-        if any(window is not None for window in config.windows):
-            windows = jnp.array([_EVERYTHING if window is None else window for window in config.windows])
+        windows = layer_windows(config.windows)
         slots = None if cache is None else (cache.keys, cache.values)
         layers = None if cache is None else jnp.arange(config.num_hidden_layers)
         (x, slots), _ = self.layers((self.embed_tokens(tokens), slots), positions, mask, windows, layers)

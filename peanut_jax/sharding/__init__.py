@@ -21,6 +21,7 @@ from peanut_jax.sharding.mesh import (
     param_shardings,
     shard,
 )
+from peanut_jax.sharding.tracing import traced_mesh, tracing_for
 
 __all__ = [
     "AXES",
@@ -41,4 +42,6 @@ __all__ = [
     "sharded_train_step",
     "state_shapes",
     "state_shardings",
+    "traced_mesh",
+    "tracing_for",
 ]

@@ -14,6 +14,7 @@ from peanut_jax.base.kernels import Kernel, Leaf, find, flatten, module_of, repl
 from peanut_jax.frontends.linen import Bound, bound_in
 from peanut_jax.frontends.linen_modules import sides_of
 from peanut_jax.sharding.mesh import BATCH_AXES, axes_of, batch_axes, batch_shards, full_spec, mesh_of
+from peanut_jax.sharding.tracing import tracing_for
 from peanut_jax.updates import map_with_axes
 
 # (Specs of the stack's axes, of the rows, of the columns) of a kernel as a stack of matrices.
@@ -49,7 +50,8 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
     of the kernel's spec. Without this XLA may answer a kernel sharded over fsdp by sharding the activations along
     their width and adding them up over all devices; with it, it gathers the kernel where it is used, inside the layer
     scan. Updates that are bound beside the kernels are held to their specs. Only where arrays lie changes, never a
-    number; a module whose weights are not those of `params` in shape is left alone.
+    number; a module whose weights are not those of `params` in shape is left alone. `traced_mesh()` is the mesh inside,
+    for kernels that XLA cannot divide.
 
     Args:
         fn: Calls Linen modules with `params`, whose tree is that of `params` here.
@@ -78,7 +80,7 @@ def constrain(fn: Callable, params: PyTree) -> Callable:
         return hold(next_fun(*args, **kwargs), outs)
 
     def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(keep):
+        with nn.intercept_methods(keep), tracing_for(auto):
             return fn(replace(params, _held_leaves(params, flat, auto)), *args, **kwargs)
 
     return held

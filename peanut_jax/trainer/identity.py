@@ -141,6 +141,9 @@ def _config_differences(there: Mapping[str, Any], run: Run) -> Iterator[str]:
         for name in getattr(run.task, "SOURCES", ()):
             if config["task"].get(name) is not None and own["task"].get(name) is not None:
                 config = {**config, "task": {**config["task"], name: own["task"][name]}}
+    if isinstance(config.get("task"), dict):
+        free = {name: own["task"][name] for name in getattr(run.task, "FREE", ()) if name in own["task"]}
+        config = {**config, "task": {**config["task"], **free}}
     yield from differences(config, own, "config")
 
 

@@ -13,7 +13,7 @@ from peanut_jax.sharding import batch_sharding, check_batch, make_mesh, mesh_of
 from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.curves import plot_curves
 from peanut_jax.trainer.data import batches
-from peanut_jax.trainer.distributed import on_first
+from peanut_jax.trainer.distributed import is_first, on_first
 from peanut_jax.trainer.guard import not_finite
 from peanut_jax.trainer.identity import (
     CHECKPOINTS,
@@ -26,7 +26,9 @@ from peanut_jax.trainer.identity import (
 )
 from peanut_jax.trainer.judging import FRESH, due, is_over, judged
 from peanut_jax.trainer.programs import Programs, compile_programs, evaluate, first_state
+from peanut_jax.trainer.progress import show
 from peanut_jax.trainer.reading import Origin
+from peanut_jax.trainer.remat import keep_policy, kept_policy
 from peanut_jax.trainer.run_folder import IDENTITY, SOURCE, describe, note_resume, open_run, update_run, write_run
 from peanut_jax.trainer.signals import signalled
 from peanut_jax.trainer.tasks.base import Task
@@ -174,10 +176,20 @@ def _fit(
     on_first(lambda: note(start))
     if record["done"]:
         return Outcome(start, total, early=start < total), state
-    programs = programs or compile_programs(run, task, state)
+    programs = programs or compile_programs(run, task, state, kept_policy(folder, run))
+    _keep_remat(programs, run, folder, quiet)
     watch = stack.enter_context(watching(run, task, folder, state, checkpoints, quiet))
     asked = stack.enter_context(signalled())
     return _steps(run, task, state, record, programs, checkpoints, watch, asked)
+
+
+def _keep_remat(programs: Programs, run: Run, folder: Path, quiet: bool) -> None:
+    """Writes down which remat policy was chosen, and shows it, on the first process."""
+    if programs.remat is not None:
+        policy, reason = programs.remat
+        on_first(lambda: keep_policy(folder, run, policy))
+        if is_first() and not quiet:
+            show(f"train: remat {policy}: {reason}")
 
 
 def _steps(

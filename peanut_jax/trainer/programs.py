@@ -15,9 +15,10 @@ from peanut_jax.sharding import batch_sharding, constrain, init_state, mesh_of, 
 from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.data import batch_shapes, in_order
 from peanut_jax.trainer.guard import guard, guarded
+from peanut_jax.trainer.remat import first_fitting
 from peanut_jax.trainer.rows import Rows
 from peanut_jax.trainer.tasks.base import Task
-from peanut_jax.training import TrainState
+from peanut_jax.training import LossFn, TrainState
 
 AHEAD = 2  # batches that are sent off before the first of them is done
 
@@ -29,11 +30,13 @@ class Programs(NamedTuple):
         step: (state, params, batch) -> (state, metrics); the state is donated.
         sums: (adapters, params, batch) -> sums of each metric over the batch, and `weight`.
         run: What they were compiled for.
+        remat: The policy that was chosen, and why; None where there was nothing to choose.
     """
 
     step: jax.stages.Compiled
     sums: Callable[[PyTree, PyTree, Any], dict[str, jax.Array]]
     run: Run
+    remat: tuple[str, str] | None = None
 
     def check(self, run: Run) -> None:
         """Refuses a run that these were not compiled for.
@@ -59,17 +62,30 @@ def first_state(run: Run, task: Task) -> TrainState:
     return init_state(jax.random.key(run.loop.seed), task.params, run.adapter, optimizer(run, task))
 
 
-def compile_programs(run: Run, task: Task, state: TrainState) -> Programs:
-    """Compiles the train step for the shapes of `state` and of the task's rows; `sums` compiles when first called."""
+def compile_programs(run: Run, task: Task, state: TrainState, remat: str | None = None) -> Programs:
+    """Compiles the train step for the shapes of `state` and of the task's rows; `sums` compiles when first called.
+
+    Args:
+        remat: Which of `task.remats` to take; None for the first whose step fits the devices.
+    """
     sharding = batch_sharding(mesh_of(task.params))
-    step = sharded_train_step(
-        guarded(task.loss_fn), optimizer(run, task), run.adapter, state, task.params,
-        accumulate_steps=run.loop.accumulate_steps,
-    )  # fmt: skip
     batch = batch_shapes(task.train, run.loop.batch_size, sharding)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     sums = jax.jit(pj.adapt(constrain(task.sums, task.params), run.adapter), out_shardings=everywhere)
-    return Programs(step.lower(state, task.params, batch).compile(), sums, run)
+
+    def compile_step(loss_fn: LossFn) -> jax.stages.Compiled:
+        step = sharded_train_step(
+            guarded(loss_fn), optimizer(run, task), run.adapter, state, task.params,
+            accumulate_steps=run.loop.accumulate_steps,
+        )  # fmt: skip
+        return step.lower(state, task.params, batch).compile()
+
+    if not task.remats:
+        return Programs(compile_step(task.loss_fn), sums, run)
+    if remat is not None and remat in task.remats:
+        return Programs(compile_step(task.remats[remat]), sums, run, (remat, "as before on these devices"))
+    found = first_fitting(task.remats, compile_step, mesh_of(task.params))
+    return Programs(found.step, sums, run, (found.policy, found.reason))
 
 
 def evaluate(programs: Programs, adapters: PyTree, params: PyTree, rows: Rows, batch_size: int) -> dict[str, float]:

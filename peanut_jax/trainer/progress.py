@@ -110,7 +110,12 @@ def _move(bar: Progress, task: TaskID, below: Text, step: int, figures: str, lef
 
 def _print_line(started: float, heading: str, step: int, figures: str, left: str) -> None:
     elapsed = datetime.timedelta(seconds=round(time.monotonic() - started))
+    show(f"{heading.format(step)}  {figures}  elapsed {elapsed}  {left}")
+
+
+def show(line: str) -> None:
+    """Prints a line on stderr."""
     try:
-        print(f"{heading.format(step)}  {figures}  elapsed {elapsed}  {left}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:  # as `2>&1 | head` leaves it: what nobody reads is no reason to end a run
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 RUN, COPY, LOCK, HOLDER = "run.json", ".run.json.copy", ".lock", ".holder"
 # Fields of run.json: where the config came from (`reading.Origin`), what the checkpoints are of, and the resumes.
-SOURCE, IDENTITY, RESUMED = "source", "identity", "resumed"
-_KINDS = {"config": dict, SOURCE: dict, IDENTITY: dict, RESUMED: list}
+# The remat policy that was chosen, and on which devices.
+SOURCE, IDENTITY, RESUMED, REMAT = "source", "identity", "resumed", "remat"
+_KINDS = {"config": dict, SOURCE: dict, IDENTITY: dict, RESUMED: list, REMAT: dict}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from peanut_jax.base.kernels import flatten
 from peanut_jax.models import families
 from peanut_jax.models.attention import fits_cudnn
 from peanut_jax.models.cache import empty_cache
-from peanut_jax.models.decoder import _cross_entropy
 from peanut_jax.models.decoder_config import from_hf
+from peanut_jax.models.head_loss import cross_entropy
 from peanut_jax.models.loading import load_decoder, torch_names
 
 SIZES = {
@@ -166,9 +167,9 @@ def test_labels_outside_the_vocabulary():
     logits, counts = jnp.arange(12.0).reshape(3, 4) ** 0.5, jnp.array([1.0, 1.0, 0.0])
     want = -jax.nn.log_softmax(logits)[jnp.arange(2), jnp.array([1, 3])].sum()
     for last in (-100, 2, 4):
-        np.testing.assert_allclose(_cross_entropy(logits, jnp.array([1, 3, last]), counts), want, rtol=1e-6)
+        np.testing.assert_allclose(cross_entropy(logits, jnp.array([1, 3, last]), counts), want, rtol=1e-6)
     for counted in (-100, -1, 4):
-        assert np.isnan(_cross_entropy(logits, jnp.array([1, counted, 2]), counts))
+        assert np.isnan(cross_entropy(logits, jnp.array([1, counted, 2]), counts))
 
 
 @pytest.mark.parametrize(
@@ -244,8 +245,30 @@ def test_the_loss_keeps_a_batch_on_its_devices(family):
     assert "all-gather" not in text
 
 
+def test_what_remat_keeps(family):
+    """Per token and layer: the input, then what the policy names. Of an adapted layer the sum, and not its parts."""
+    folder, _, _, params = family("llama3")
+    config = pj.PeanutConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"])
+    adapters, tokens = pj.init(jax.random.key(0), params, config), jnp.ones((2, 7), jnp.int32)
+    q, kv, wide, width = 32, 16, SIZES["intermediate_size"], SIZES["hidden_size"]
+
+    def kept(remat):
+        model, _ = load_decoder(folder, jnp.float32, remat=remat)
+        forward = pj.adapt(lambda params: model.apply(params, tokens, method="hidden").sum(), config)
+        shapes = [
+            leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(forward, a, params), adapters)[1])
+        ]
+        layers = SIZES["num_hidden_layers"]
+        return sorted(math.prod(shape[3:]) for shape in shapes if shape[:3] == (layers, 2, 7))
+
+    full = kept("full")
+    assert width in full
+    assert kept("attention") == sorted([*full, q, kv, kv, width, 3, 3, 3])
+    assert kept("dots") == sorted([*full, q, kv, kv, width, 3, 3, 3, wide, wide])
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_and_unrolling_change_nothing(family, remat, unroll):
     folder, _, model, params = family("llama2")

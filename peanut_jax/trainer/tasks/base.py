@@ -1,6 +1,7 @@
 """What a task is: the config that says what to train on, and what it builds."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -28,6 +29,8 @@ class Task(NamedTuple):
             data are told.
         unit: The word for what the rate of training counts, such as "tokens".
         count: batch -> how many of those it holds.
+        remats: Remat policy -> the loss_fn with it, the one that recomputes the least first. The first whose step fits
+            the devices' memory is taken in the place of `loss_fn`; none: `loss_fn` is.
     """
 
     params: PyTree
@@ -37,6 +40,7 @@ class Task(NamedTuple):
     evaluation: Rows | None
     unit: str
     count: Callable[[Any], int]
+    remats: Mapping[str, LossFn] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -46,7 +50,8 @@ class TaskConfig(Protocol):
     `Classification` and `LanguageModelling` are two; one of your own may stand in the config file that uses it.
 
     A field that names a place of data may change when a run is resumed, if the data are the same there: such fields
-    are listed in `SOURCES`, a class variable that may be left out.
+    are listed in `SOURCES`, a class variable that may be left out. `FREE` is another, for fields that say how, and not
+    what, is computed, and may change too.
 
     Attributes:
         METRICS: Each metric in `Task.sums`, of which `loop.best` is one, and whether its "min" or "max" is the best. A

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from peanut_jax.methods.base import Method
-from peanut_jax.models.decoder import CHUNK, language_loss, summed_loss
+from peanut_jax.models.decoder import CHUNK, Decoder, language_loss, summed_loss
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.sharding import Rules, batch_shards
@@ -25,6 +25,8 @@ from peanut_jax.trainer.tasks.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelling:
@@ -36,11 +38,13 @@ class LanguageModelling:
         prompt, response: Their columns. None as `prompt` for plain text in `response`.
         seq_len: Tokens of a row; examples are packed into rows, and a longer one is truncated.
         dtype: Dtype of the base and the activations.
-        remat: As `DecoderConfig.remat`.
+        remat: As `DecoderConfig.remat`; "auto" for the policy that recomputes the least of those whose step fits the
+            devices' memory.
     """
 
     METRICS: ClassVar[Mapping[str, Direction]] = {"loss": "min"}
     SOURCES: ClassVar[tuple[str, ...]] = ("train", "evaluation")
+    FREE: ClassVar[tuple[str, ...]] = ("remat",)
 
     model: str
     train: str
@@ -49,19 +53,21 @@ class LanguageModelling:
     response: str = "response"
     seq_len: int = 1024
     dtype: str = "bfloat16"
-    remat: str = "full"
+    remat: str = AUTO
 
     def __post_init__(self) -> None:
         check_int("task.seq_len", self.seq_len, 2)
         check_choice("task.dtype", self.dtype, DTYPES)
-        check_choice("task.remat", self.remat, REMAT_POLICIES)
+        check_choice("task.remat", self.remat, (AUTO, *REMAT_POLICIES))
 
     def check(self, adapter: Method) -> None:
         """Takes every adapter: the decoder has no new modules."""
 
     def build(self, mesh: Mesh, rules: Rules | None, seed: int) -> Task:
         """The decoder, its loss and the data; see `TaskConfig.build`. Nothing is drawn from `seed`."""
-        model, params = load_decoder(self.model, self.dtype, mesh, rules, remat=self.remat)
+        auto = self.remat == AUTO
+        remat = REMAT_POLICIES[-1] if auto else self.remat
+        model, params = load_decoder(self.model, self.dtype, mesh, rules, remat=remat)
         tokenizer = load_tokenizer(self.model)
         vocab_size = model.config.vocab_size
         chunk = CHUNK * batch_shards(mesh)
@@ -78,6 +84,7 @@ class LanguageModelling:
             evaluation=self._rows(self.evaluation, tokenizer, vocab_size) if self.evaluation else None,
             unit="tokens",
             count=lambda batch: batch["tokens"].size,
+            remats={policy: language_loss(_with_remat(model, policy), chunk) for policy in REMAT_POLICIES if auto},
         )
 
     def _rows(self, source: str, tokenizer: Any, vocab_size: int) -> Rows:
@@ -85,6 +92,10 @@ class LanguageModelling:
         table = read_table(source, columns)
         check_text(table, source, columns)
         return PackedRows(table, self, tokenizer, vocab_size)
+
+
+def _with_remat(model: Decoder, policy: str) -> Decoder:
+    return Decoder(dataclasses.replace(model.config, remat=policy), model.dtype)
 
 
 class PackedRows:

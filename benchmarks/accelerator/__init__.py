@@ -1,0 +1,1 @@
+"""What the accelerator at hand does: peaks, train steps, attention, decoding, files. See `__main__`."""
