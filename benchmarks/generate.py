@@ -35,11 +35,12 @@ from peanut_jax.models.loading import load_decoder
 
 
 def random_llama(folder: Path, args: argparse.Namespace) -> None:
+    """A checkpoint; for --room of larger numbers, so that continuations do not soon repeat themselves."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.width * 11 // 4,
         num_hidden_layers=args.layers, num_attention_heads=args.width // 64, num_key_value_heads=args.width // 128,
-        max_position_embeddings=1024, tie_word_embeddings=True,
+        max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.02 if args.room is None else 0.1,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -126,7 +127,7 @@ def with_adapters(model: Decoder, params: Any, prompts: np.ndarray, args: argpar
         "one": {"factors": adapters[0]},
         "side by side": {"factors": adapters, "adapter_ids": ids},
     }
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         name: partial(generate, model, params, prompts.tolist(), **options, **served) for name, served in given.items()
     }
     seconds = alternate(steps, args.repeats)
