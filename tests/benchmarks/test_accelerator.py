@@ -185,6 +185,9 @@ def test_sections_are_chosen_by_name_and_later_ones_know_the_earlier_results():
     names = [plan.sections for plan in plans("full", ["decode", "step/llama-2-7b"], profile=False)]
     assert names == [("step/llama-2-7b",), ("decode",)]
     assert plans("full", [], profile=True)[1].sections == ("profile",)
+    together, *alone = [plan.sections for plan in plans("toy", [], profile=True)]
+    assert alone == [("profile",), ("torch",)]
+    assert not {"profile", "torch"} & set(together)
     kept = results()
     for line in (
         {"section": "environment", "case": "matmul 1", "status": "ok", "tflops": 700.0},
