@@ -60,7 +60,7 @@ def plans(sizes_name: str, only: Sequence[str], profile: bool) -> list[Plan]:
     # jax's profiler, which has been seen to end its process.
     alone = [(name,) for name in chosen if name in ("torch", "profile")]
     together = tuple(name for name in chosen if (name,) not in alone)
-    return [Plan(names, 1.0, 240.0) for names in (together, *alone) if names]
+    return [Plan(names, 1.0, 600.0) for names in (together, *alone) if names]
 
 
 class Results:
