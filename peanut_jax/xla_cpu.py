@@ -9,7 +9,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+# What a remat policy may keep under this name: the r columns between the two products of a low-rank update.
+LOW_RANK = "low_rank"
 
 
 def transposed_times(
@@ -50,7 +54,7 @@ def low_rank_product(
 
 
 def _forward(x: Array, left: Array, right: Array, precision: lax.PrecisionLike):
-    h = _times(x, left, precision)
+    h = checkpoint_name(_times(x, left, precision), LOW_RANK)
     return _times(h, right, precision), (x, h, left, right)
 
 

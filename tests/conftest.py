@@ -23,8 +23,9 @@ from jaxtyping import install_import_hook, jaxtyped
 CHECKED = [f"peanut_jax.{name}" for name in (
     "methods.activations", "methods.dora", "methods.peanut_start", "methods.tweaker", "matrices", "updates", "xla_cpu",
     "base.digest", "frontends.linen_modules", "sharding",
-    "models.attention", "models.beam", "models.decoder", "models.decoding", "models.layers", "models.rope",
-    "models.serving",
+    "models.attention", "models.attention_roads", "models.attention_splash", "models.beam", "models.cached_attention",
+    "models.decoder", "models.decoding", "models.layers", "models.repetition", "models.rope", "models.serving",
+    "models.side_by_side",
     "interop.lora", "interop.lora_factors", "interop.merged",
     "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
 )]  # fmt: skip

@@ -287,6 +287,7 @@ def test_a_loop_of_unknown_length():
     assert collectives(turning.as_text()) == []
     with pytest.raises(ValueError, match="no known trip count"):
         dot_flops(turning.as_text())
+    assert dot_flops(turning.as_text(), 2.5) == 2.5 * 2 * 8**3
 
 
 def test_what_is_no_compiled_program_is_an_error():

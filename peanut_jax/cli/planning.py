@@ -16,8 +16,8 @@ from peanut_jax.cli.tables import print_table
 from peanut_jax.models import decoder_config
 from peanut_jax.plan import CHIPS, COMPUTE_SHARE, HEADROOM, LINK_SHARE, DoesNotFit, Plan, Setting, chip_name
 from peanut_jax.plan.compiled import planned
+from peanut_jax.plan.proposals import Proposal, search
 from peanut_jax.plan.remat import fitting_plan
-from peanut_jax.plan.search import Proposal, search
 from peanut_jax.sharding import make_mesh, mesh_sizes
 from peanut_jax.topologies import parse_slice, slice_devices
 

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -30,23 +31,36 @@ _UNSEEN = -1e30
 
 @flax.struct.dataclass
 class _Rows:
-    """What the blocks need to know of the tokens; `first` is the first block of keys for each block of queries."""
+    """What the blocks need to know of the tokens.
+
+    Attributes:
+        first: For each block of queries the first block of keys that one of them sees.
+        pairs: Every block of queries with every block of keys that it may see, a block's own last.
+    """
 
     sight: Sight
     limit: Any
     first: Int[Array, " blocks"]
+    pairs: tuple[Int[Array, " pairs"], Int[Array, " pairs"]]
     block: int = flax.struct.field(pytree_node=False)
 
     def tokens(self, i: Any) -> tuple:
         """Places, positions and segments of a block."""
-        positions, segments = (
-            None if x is None else self.cut(x, i, 1) for x in (self.sight.positions, self.sight.segments)
-        )
+        found = (self.sight.positions, self.sight.segments)
+        positions, segments = (None if array is None else self.cut(array, i, 1) for array in found)
         return i * self.block + jnp.arange(self.block), positions, segments
 
     def cut(self, array: Array, i: Any, axis: int) -> Array:
         """Block i along the axis."""
         return lax.dynamic_slice_in_dim(array, i * self.block, self.block, axis)
+
+    def put(self, array: Array, part: Array, i: Any, axis: int) -> Array:
+        """The array with another block i."""
+        return lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), i * self.block, axis)
+
+    def add(self, array: Array, part: Array, i: Any) -> Array:
+        """The array with `part` added to block i of its last axis but one."""
+        return self.put(array, self.cut(array, i, array.ndim - 2) + part, i, array.ndim - 2)
 
 
 def chunked(
@@ -65,7 +79,10 @@ def chunked(
     segments = None if sight.segments is None else _fill(sight.segments, block)
     sight = Sight(_fill(sight.positions, block), segments, sight.counted)
     limit = window.limit()
-    rows = _Rows(sight, limit, _first_blocks(sight, limit, block), block)
+    far = window.choices[0] if window.index is None and sight.counted else None
+    rows = _Rows(
+        sight, limit, _first_blocks(sight, limit, block), _pairs(parts[1].shape[2] // block, block, far), block
+    )
     out = _attend(*parts, rows)
     return jnp.moveaxis(out, -2, 1)[:, :seq].reshape(q.shape)
 
@@ -88,6 +105,17 @@ def _first_blocks(sight: Sight, limit: Any, block: int) -> Int[Array, " blocks"]
     return first.reshape(-1, block).min(1) // block
 
 
+def _pairs(blocks: int, block: int, window: int | None) -> tuple[Array, Array]:
+    """(block of queries, block of keys), as one loop of a known length: XLA and those who count its FLOPs know it."""
+    found = [
+        (i, j)
+        for i in range(blocks)
+        for j in range(0 if window is None else max(0, i * block - window + 1) // block, i + 1)
+    ]
+    queries, keys = np.array(found, np.int32).T
+    return jnp.asarray(queries), jnp.asarray(keys)
+
+
 @jax.custom_vjp
 def _attend(q: Array, k: Array, v: Array, rows: _Rows) -> Array:
     return _forward(q, k, v, rows)[0]
@@ -96,25 +124,29 @@ def _attend(q: Array, k: Array, v: Array, rows: _Rows) -> Array:
 def _forward(q: Array, k: Array, v: Array, rows: _Rows) -> tuple[Array, Array]:
     """The output [batch, kv_heads, group, seq, head_dim], and the logsumexp of each query's scores."""
 
-    def one(i: Any) -> tuple[Array, Array]:
-        own = rows.cut(q, i, 3)
+    def add(i: Any, j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        summed, top, total = carry
+        scores = _scores(rows.cut(q, i, 3), rows.cut(k, j, 2), i, j, rows)
+        higher = jnp.maximum(top, scores.max(-1))
+        weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+        part = _product("bkgqt,bktd->bkgqd", weights.astype(v.dtype), rows.cut(v, j, 2))
+        return summed * fade[..., None] + part, higher, total * fade + weights.sum(-1)
 
-        def add(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            summed, top, total = carry
-            scores = _scores(own, rows.cut(k, j, 2), i, j, rows)
-            higher = jnp.maximum(top, scores.max(-1))
-            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-            part = _product("bkgqt,bktd->bkgqd", weights.astype(v.dtype), rows.cut(v, j, 2))
-            return summed * fade[..., None] + part, higher, total * fade + weights.sum(-1)
+    def step(carry: tuple, pair: tuple[Any, Any]) -> tuple[tuple, None]:
+        out, lse, last, *sums = carry
+        i, j = pair
+        # What an unseen key leaves behind fades to 0: a query's own block comes last, and it sees itself.
+        sums = [jnp.where(i == last, old, new) for old, new in zip(sums, start, strict=True)]
+        summed, top, total = lax.cond(j >= rows.first[i], add, lambda i, j, carry: carry, i, j, tuple(sums))
+        sure = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        out, lse = rows.put(out, summed / sure[..., None], i, 3), rows.put(lse, top + jnp.log(sure), i, 3)
+        return (out, lse, i, summed, top, total), None
 
-        shape = own.shape[:-1]
-        start = jnp.zeros(own.shape, jnp.float32), jnp.full(shape, _UNSEEN), jnp.zeros(shape, jnp.float32)
-        # What an unseen block leaves behind fades to 0: a query's own block comes last, and it sees itself.
-        summed, top, total = lax.fori_loop(rows.first[i], i + 1, add, start)
-        return (summed / total[..., None]).astype(q.dtype), top + jnp.log(total)
-
-    out, lse = lax.map(one, jnp.arange(len(rows.first)))
-    return _joined(out), _joined(lse[..., None])[..., 0]
+    shape = (*q.shape[:3], rows.block)
+    start = jnp.zeros((*shape, q.shape[-1]), jnp.float32), jnp.full(shape, _UNSEEN), jnp.zeros(shape, jnp.float32)
+    whole = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)
+    (out, lse, *_), _ = lax.scan(step, (*whole, jnp.int32(-1), *start), rows.pairs)
+    return out, lse
 
 
 def _residuals(q: Array, k: Array, v: Array, rows: _Rows) -> tuple[Array, tuple]:
@@ -127,27 +159,32 @@ def _backward(residuals: tuple, dout: Array) -> tuple[Array, Array, Array, None]
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     scale = 1 / math.sqrt(q.shape[-1])
 
-    def one(sums: tuple[Array, Array], i: Any) -> tuple[tuple[Array, Array], Array]:
+    def parts(i: Any, j: Any) -> tuple[Array, Array, Array]:
+        """What a pair of blocks adds to dq, dk and dv."""
         own, own_dout, own_lse, own_delta = (rows.cut(array, i, 3) for array in (q, dout, lse, delta))
+        key, value = rows.cut(k, j, 2), rows.cut(v, j, 2)
+        weights = jnp.exp(_scores(own, key, i, j, rows) - own_lse[..., None])
+        slope = _product("bkgqd,bktd->bkgqt", own_dout, value) - own_delta[..., None]
+        slope = (weights * slope * scale).astype(q.dtype)
+        return (
+            _product("bkgqt,bktd->bkgqd", slope, key),
+            _product("bkgqt,bkgqd->bktd", slope, own),
+            _product("bkgqt,bkgqd->bktd", weights.astype(q.dtype), own_dout),
+        )
 
-        def add(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            dq, dk, dv = carry
-            key, value = rows.cut(k, j, 2), rows.cut(v, j, 2)
-            weights = jnp.exp(_scores(own, key, i, j, rows) - own_lse[..., None])
-            slope = _product("bkgqd,bktd->bkgqt", own_dout, value) - own_delta[..., None]
-            slope = (weights * slope * scale).astype(q.dtype)
-            dq += _product("bkgqt,bktd->bkgqd", slope, key)
-            dk = _add(dk, _product("bkgqt,bkgqd->bktd", slope, own), j, rows)
-            dv = _add(dv, _product("bkgqt,bkgqd->bktd", weights.astype(q.dtype), own_dout), j, rows)
-            return dq, dk, dv
+    def nothing(i: Any, j: Any) -> tuple[Array, Array, Array]:
+        query, key = (jnp.zeros(rows.cut(x, 0, x.ndim - 2).shape, jnp.float32) for x in (q, k))
+        return query, key, key
 
-        start = jnp.zeros(own.shape, jnp.float32), *sums
-        dq, dk, dv = lax.fori_loop(rows.first[i], i + 1, add, start)
-        return (dk, dv), dq.astype(q.dtype)
+    def step(sums: tuple, pair: tuple[Any, Any]) -> tuple[tuple, None]:
+        i, j = pair
+        # The sums stay outside the branches, which would copy them.
+        found = lax.cond(j >= rows.first[i], parts, nothing, i, j)
+        return tuple(rows.add(x, part, n) for x, part, n in zip(sums, found, (i, j, j), strict=True)), None
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    (dk, dv), dq = lax.scan(one, (zeros, zeros), jnp.arange(len(rows.first)))
-    return _joined(dq), dk.astype(k.dtype), dv.astype(v.dtype), None
+    zeros = tuple(jnp.zeros(array.shape, jnp.float32) for array in (q, k, v))
+    (dq, dk, dv), _ = lax.scan(step, zeros, rows.pairs)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_residuals, _backward)
@@ -160,13 +197,3 @@ def _scores(own: Array, key: Array, i: Any, j: Any, rows: _Rows) -> Array:
     scores = _product("bkgqd,bktd->bkgqt", own, key) / math.sqrt(own.shape[-1])
     allowed = between(rows.tokens(i), rows.tokens(j), rows.limit, rows.sight.counted)
     return jnp.where(allowed[:, None, None], scores, _UNSEEN)
-
-
-def _add(sums: Array, part: Array, j: Any, rows: _Rows) -> Array:
-    return lax.dynamic_update_slice_in_dim(sums, rows.cut(sums, j, 2) + part, j * rows.block, 2)
-
-
-def _joined(blocks: Array) -> Array:
-    """[blocks, batch, kv_heads, group, block, width] as [batch, kv_heads, group, seq, width]."""
-    joined = jnp.moveaxis(blocks, 0, 3)
-    return joined.reshape(*joined.shape[:3], -1, joined.shape[-1])

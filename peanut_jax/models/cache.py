@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from peanut_jax.models.decoder_config import DecoderConfig
@@ -69,8 +70,11 @@ def extend(
     def put(array: Array, new: Array) -> Array:
         new = jnp.repeat(new.swapaxes(1, 2).astype(array.dtype), array.shape[-4] // len(new), axis=0)
         if layer is None:
-            return lax.dynamic_update_slice(array, new, (0, 0, start, 0))
-        return lax.dynamic_update_slice(array, new[None], (layer, 0, 0, start, 0))
+            longer = lax.dynamic_update_slice(array, new, (0, 0, start, 0))
+        else:
+            longer = lax.dynamic_update_slice(array, new[None], (layer, 0, 0, start, 0))
+        # As it lies in memory outside the loop: XLA on TPU would lay it out by slots and copy all of it to do so.
+        return with_layout_constraint(longer, Layout(tuple(range(array.ndim))))
 
     return put(slots[0], k), put(slots[1], v)
 

@@ -14,7 +14,7 @@ from peanut_jax.models.families.family import Family, Fields
 from peanut_jax.models.generation_config import Generation, read_generation
 from peanut_jax.models.rope import Rope, read_rope
 
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "attention", "full")  # each keeps less than the one before
 ATTENTIONS = ("auto", "splash", "cudnn", "chunked", "xla")
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -44,7 +44,7 @@ class DecoderConfig:
         qkv_bias, out_bias, mlp_bias: Biases of the dense layers.
         qk_norm: RMSNorm on the heads of queries and keys (Qwen3).
         remat: What the backward pass recomputes: nothing ("none": all activations are kept), everything but matrix
-            products ("dots"), or each whole layer ("full").
+            products and attention ("dots"), the MLP's products too ("attention"), or each whole layer ("full").
         scan_layers: One `nn.scan` stack: a compile time that hardly grows with the layers, for training. False gives
             every layer its own parameters, `model/layers/0/...`: faster generation, where slicing a stack costs as much
             as reading a layer's weights.

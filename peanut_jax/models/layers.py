@@ -7,12 +7,13 @@ References:
     transformers 4.57, `models/{llama,mistral,qwen2,qwen3}/modeling_*.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jaxtyping import Array, Float
 
 from peanut_jax.models.attention_roads import attend_rows
@@ -21,6 +22,13 @@ from peanut_jax.models.cache import extend, of_layer
 from peanut_jax.models.cached_attention import Seen, attend_cached
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
+from peanut_jax.xla_cpu import LOW_RANK
+
+# What a remat policy may keep, by name: what attention multiplies, the sum after it, and gate and up. They are named
+# behind the dense layers, so that of an adapted one the sum is kept, and not its two parts.
+QKV, AFTER_ATTENTION, WIDE = "qkv", "after_attention", "wide"
+_ATTENTION = (QKV, RESIDUALS, AFTER_ATTENTION, LOW_RANK)
+_KEPT = {"full": (), "attention": _ATTENTION, "dots": (*_ATTENTION, WIDE)}
 
 
 class RMSNorm(nn.Module):
@@ -54,15 +62,21 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Array:
             y = nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
+            if isinstance(mask, Seen):  # or XLA on TPU lets the heads choose the kernel's layout, and copies the kernel
+                y = jax.lax.optimization_barrier(y)
             return y.reshape(batch, seq, count, config.head_dim)
 
         q = heads("q_proj", config.num_attention_heads)
         k = heads("k_proj", config.num_key_value_heads)
         v = heads("v_proj", config.num_key_value_heads)
-        if config.qk_norm:
+        v = checkpoint_name(v, QKV)
+        if config.qk_norm:  # whose backward pass needs what it was given
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
             q = RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(k)
         q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
+        if not config.qk_norm:
+            q, k = checkpoint_name(q, QKV), checkpoint_name(k, QKV)
         if slots is not None:
             slots = extend(slots, layer, k, v, mask.slot if isinstance(mask, Seen) else 0)
         if isinstance(mask, Seen):
@@ -86,8 +100,8 @@ class MLP(nn.Module):
             return nn.Dense(width, use_bias=self.config.mlp_bias, dtype=self.dtype, name=name)(y)
 
         wide = self.config.intermediate_size
-        gated = nn.silu(dense("gate_proj", wide, x)) * dense("up_proj", wide, x)
-        return dense("down_proj", self.config.hidden_size, gated)
+        gate, up = (checkpoint_name(dense(name, wide, x), WIDE) for name in ("gate_proj", "up_proj"))
+        return dense("down_proj", self.config.hidden_size, nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -107,7 +121,7 @@ class Layer(nn.Module):
         attention = Attention(self.config, self.dtype, name="self_attn")
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         y, slots = attention(h, positions, mask, window, slots, layer)
-        x = x + y
+        x = checkpoint_name(x + y, AFTER_ATTENTION)
         x = x + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return (x, slots), None
 
@@ -131,17 +145,16 @@ class Layers(nn.Module):
         return (x, None if slots is None else tuple(zip(*kept, strict=True))), None
 
 
-# A kernel's attention is a product too, though it is not called so.
-_DOTS = checkpoint_policies.save_from_both_policies(
-    checkpoint_policies.dots_with_no_batch_dims_saveable, checkpoint_policies.save_only_these_names(RESIDUALS)
-)
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """What `DecoderConfig.remat`, other than "none", keeps of a layer, as `jax.checkpoint` takes it."""
+    return checkpoint_policies.save_only_these_names(*_KEPT[remat])
 
 
 def _stack(config: DecoderConfig, dtype: Any) -> nn.Module:
     """The layers, rematerialised as the config says, and scanned or one after the other."""
     layer: Any = Layer
     if config.remat != "none":
-        layer = nn.remat(Layer, policy=_DOTS if config.remat == "dots" else None, prevent_cse=not config.scan_layers)
+        layer = nn.remat(Layer, policy=remat_policy(config.remat), prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return Layers(config, dtype, layer)
     scanned = nn.scan(

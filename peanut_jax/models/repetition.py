@@ -27,6 +27,6 @@ def penalised(
     scores: Float[Array, "rows vocab"], said: Said, penalty: Float[Array, ""] | None
 ) -> Float[Array, "rows vocab"]:
     """Scores, logits or log-probabilities, made less for tokens that have come before, by a penalty above 1."""
-    if said is None:
+    if said is None or penalty is None:
         return scores
     return jnp.where(said, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)

@@ -8,11 +8,11 @@ as float32 and its temporary arrays and collectives are counted at half their by
 
 from peanut_jax.plan.chips import CHIPS, COMPUTE_SHARE, LINK_SHARE, Chip, chip_name
 from peanut_jax.plan.compiled import plan
-from peanut_jax.plan.estimate import estimate
+from peanut_jax.plan.formulas import estimate
 from peanut_jax.plan.memory import HEADROOM, device_memory, free_memory
+from peanut_jax.plan.proposals import Proposal, search
 from peanut_jax.plan.record import Plan
 from peanut_jax.plan.remat import fitting_plan, fitting_remat
-from peanut_jax.plan.search import Proposal, search
 from peanut_jax.plan.step import DoesNotFit, Setting, device_bytes, held_bytes, program_of
 
 __all__ = [

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from peanut_jax import hlo
 from peanut_jax.messages import one_line
 from peanut_jax.methods.base import Method
 from peanut_jax.models.attention_chunked import BLOCK
 from peanut_jax.models.decoder_config import DecoderConfig
-from peanut_jax.plan.estimate import estimate
+from peanut_jax.plan.formulas import estimate
 from peanut_jax.plan.record import Plan
 from peanut_jax.plan.step import Setting, device_bytes, held_bytes, program_of
 
@@ -92,15 +92,23 @@ def _work(compiled: jax.stages.Compiled, setting: Setting, mesh: Mesh) -> Work:
         return Work(hlo.dot_flops(text), tuple(hlo.collectives(text)))
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = one_line(error, 120)
-    spare = jax.local_devices(backend="cpu")[: mesh.size]
+    spare = _cpu_devices()[: mesh.size]
     if len(spare) < mesh.size:
-        found = estimate(setting, AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names))
+        found = estimate(setting, mesh)
         note = f"FLOPs and collectives are estimated from the sizes: {reason}"
         return Work(found.flops, found.collectives, (note,))
     grid = np.asarray(spare).reshape(mesh.devices.shape)
     work, _ = _on_cpu(setting, Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types))
     note = f"FLOPs and collectives are those of XLA:CPU for the same step: {reason}"
     return work._replace(notes=(note,))
+
+
+def _cpu_devices() -> list[jax.Device]:
+    """This process's; none where JAX_PLATFORMS leaves them out."""
+    try:
+        return jax.local_devices(backend="cpu")
+    except RuntimeError:
+        return []
 
 
 def _on_cpu(setting: Setting, mesh: Mesh) -> tuple[Work, int]:

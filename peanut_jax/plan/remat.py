@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from peanut_jax.methods.base import Method
 from peanut_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from peanut_jax.plan.compiled import planned
-from peanut_jax.plan.estimate import SURELY, estimate, held
+from peanut_jax.plan.formulas import SURELY, estimate, held
 from peanut_jax.plan.memory import HEADROOM, device_memory
 from peanut_jax.plan.record import Plan
 from peanut_jax.plan.step import DoesNotFit, Setting

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from peanut_jax.base.kernels import flatten, replace
@@ -75,7 +75,7 @@ class Setting:
     dtype: str = "bfloat16"
     accumulate_steps: int = 1
 
-    def check(self, mesh: Mesh | AbstractMesh) -> None:
+    def check(self, mesh: Mesh) -> None:
         """Refuses what no step can be made of.
 
         Raises:
@@ -89,7 +89,7 @@ class Setting:
             )
         check_batch(self.batch_size, mesh, self.accumulate_steps)
 
-    def shapes(self, mesh: Mesh | AbstractMesh) -> Shapes:
+    def shapes(self, mesh: Mesh) -> Shapes:
         """The arguments of the step, as `load_decoder` and `init_state` would make them.
 
         Raises:
@@ -102,9 +102,9 @@ class Setting:
             for path, leaf in flatten(model).items()
         }
         rules = rules_for(self.config.model_type, scan_layers=self.config.scan_layers)
-        params = shard(replace(model, flat), mesh, rules)  # type: ignore[arg-type]
+        params = shard(replace(model, flat), mesh, rules)
         kinds = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32"}
-        shape, sharding = (self.batch_size, self.seq_len), batch_sharding(mesh)  # type: ignore[arg-type]
+        shape, sharding = (self.batch_size, self.seq_len), batch_sharding(mesh)
         batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
         return Shapes(state_shapes(params, self.adapter, _OPTIMIZER), params, batch)
 

@@ -63,7 +63,7 @@ def first_fitting(
             return Fitting(policy, step, "the device does not tell its memory")
         fits = needed <= free * (1 - HEADROOM)
         if fits or policy == last:
-            said = f"a step needs {needed / 1e9:.2f} GB a device beside what is loaded; {free / 1e9:.2f} GB are free"
+            said = f"a step needs {needed / 1e9:.3g} GB a device beside what is loaded; {free / 1e9:.3g} GB are free"
             return Fitting(policy, step, said if fits else f"{said}: it may run out of memory")
     raise AssertionError("the last policy returns or raises")
 

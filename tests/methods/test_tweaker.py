@@ -165,6 +165,34 @@ def test_the_written_gradient_is_the_derived_one(orientation, act_fn):
 
 
 @pytest.mark.parametrize("orientation", ["output", "input"])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_kernel_is_read_once_in_each_direction(orientation, depth):
+    """Read from the traced step: what takes W0 is one product forward and one in the pullback."""
+    kernel, theta = kernel_of(0, dtype=jnp.bfloat16), theta_of(0, orientation, depth)
+
+    def step(kernel, theta):
+        made, pullback = jax.vjp(
+            lambda theta: tweaker.factors(
+                Plain(kernel), theta, act=jax.nn.relu, scaling=1.0, orientation=orientation
+            ), theta,
+        )  # fmt: skip
+        return made, pullback(made)
+
+    assert reads(jax.make_jaxpr(step)(kernel, theta).jaxpr) == ["dot_general", "dot_general"]
+
+
+def reads(jaxpr, kernel=0):
+    """The primitives that take an argument of the program, within its inner calls too."""
+    found = []
+    for equation in jaxpr.eqns:
+        places = [i for i, one in enumerate(equation.invars) if one is jaxpr.invars[kernel]]
+        inner = [value for value in equation.params.values() if hasattr(value, "jaxpr") and hasattr(value, "consts")]
+        for place in places:
+            found += reads(inner[0].jaxpr, place) if inner else [equation.primitive.name]
+    return found
+
+
+@pytest.mark.parametrize("orientation", ["output", "input"])
 def test_a_bfloat16_kernel_keeps_float32_factors_and_is_never_widened(orientation):
     theta, kernel = theta_of(6, orientation), kernel_of(6, dtype=jnp.bfloat16)
 

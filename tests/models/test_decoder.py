@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -244,8 +245,30 @@ def test_the_loss_keeps_a_batch_on_its_devices(family):
     assert "all-gather" not in text
 
 
+def test_what_remat_keeps(family):
+    """Per token and layer: the input, then what the policy names. Of an adapted layer the sum, and not its parts."""
+    folder, _, _, params = family("llama3")
+    config = pj.PeanutConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"])
+    adapters, tokens = pj.init(jax.random.key(0), params, config), jnp.ones((2, 7), jnp.int32)
+    q, kv, wide, width = 32, 16, SIZES["intermediate_size"], SIZES["hidden_size"]
+
+    def kept(remat):
+        model, _ = load_decoder(folder, jnp.float32, remat=remat)
+        forward = pj.adapt(lambda params: model.apply(params, tokens, method="hidden").sum(), config)
+        shapes = [
+            leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(forward, a, params), adapters)[1])
+        ]
+        layers = SIZES["num_hidden_layers"]
+        return sorted(math.prod(shape[3:]) for shape in shapes if shape[:3] == (layers, 2, 7))
+
+    full = kept("full")
+    assert width in full
+    assert kept("attention") == sorted([*full, q, kv, kv, width, 3, 3, 3])
+    assert kept("dots") == sorted([*full, q, kv, kv, width, 3, 3, 3, wide, wide])
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_and_unrolling_change_nothing(family, remat, unroll):
     folder, _, model, params = family("llama2")

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 import peanut_jax as pj
+from peanut_jax.models import beam as searching
 from peanut_jax.models import sampling as drawing
+from peanut_jax.models.decoding import Prompts, Rules, stages
 from peanut_jax.models.generate import Sampling, generate
 from peanut_jax.models.loading import load_decoder
 from peanut_jax.models.sampling import filtered
@@ -80,11 +82,21 @@ def test_length_penalty(llama, length_penalty):
     assert generate(model, params, PROMPTS, eos_token_ids=range(3, 25), **options) == want
 
 
-def adapter(params, seed, **fields):
-    fields = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **fields}
-    config = pj.PeanutConfig(init_weights=False, **fields)
-    adapters = jax.tree.map(lambda leaf: 2 * leaf, pj.init(jax.random.key(seed), params, config))
-    return adapters, config
+def adapter(params, seed, config):
+    """Adapters of no small effect."""
+    leaves, structure = jax.tree.flatten(pj.init(jax.random.key(seed), params, config))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+@pytest.mark.parametrize("num_beams", [1, pytest.param(3, marks=pytest.mark.large)])
+def test_repetition_penalty(llama, num_beams):
+    torch_model, model, params = llama
+    options = {"max_new_tokens": 12, "num_beams": num_beams, "repetition_penalty": 1.7}
+    want = torch_generate(torch_model, PROMPTS, eos_token_id=None, **options)
+    got = generate(model, params, PROMPTS, eos_token_ids=(), **options)
+    assert got == want != generate(model, params, PROMPTS, eos_token_ids=(), **{**options, "repetition_penalty": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -95,15 +107,20 @@ def test_adapters_merged_unmerged_and_side_by_side(llama, llama_folder, num_beam
     if not scan_layers:
         model, params = load_decoder(llama_folder, jnp.float32, scan_layers=False)
     options = {"max_new_tokens": 12, "num_beams": num_beams}
-    first, second = adapter(params, 0), adapter(params, 1, r=2, target_modules=["down_proj", "q_proj"])
-    merged = [generate(model, pj.merge(params, *one), PROMPTS, **options) for one in (first, second)]
+    targets = ["down_proj", "q_proj"]
+    kinds = (
+        pj.PeanutConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
+        pj.LoraConfig(r=2, target_modules=targets),
+        pj.DoraConfig(r=3, target_modules=targets),
+    )
+    adapters = [(adapter(params, seed, config), config) for seed, config in enumerate(kinds)]
+    merged = [generate(model, pj.merge(params, *one), PROMPTS, **options) for one in adapters]
     plain = generate(model, params, PROMPTS, **options)
-    assert plain != merged[0] != merged[1]
-    pairs = [pj.factors(one[0], params, one[1]) for one in (first, second)]
-    for pair, want in zip(pairs, merged, strict=True):
-        assert generate(model, params, PROMPTS, factors=pair, **options) == want
-    rows = generate(model, params, PROMPTS, factors=pairs, adapter_ids=[1, 0, 1], **options)
-    assert rows == [merged[1][0], merged[0][1], merged[1][2]]
+    assert plain != merged[0] != merged[1] != merged[2] != plain
+    updates = [pj.compute_updates(one, params, config) for one, config in adapters]
+    assert generate(model, params, PROMPTS, factors=updates[0], **options) == merged[0]
+    rows = generate(model, params, PROMPTS, factors=updates, adapter_ids=[1, 0, 2], **options)
+    assert rows == [merged[1][0], merged[0][1], merged[2][2]]
 
 
 def test_arrays_are_prompts_too(llama):
@@ -114,13 +131,60 @@ def test_arrays_are_prompts_too(llama):
     assert generate(model, params, prompts, eos_token_ids=np.array([5]), **options) == want
 
 
+def compiled():
+    return [step._cache_size() for step in (drawing._start, drawing._go_on)]
+
+
 def test_no_recompilation(llama):
-    """Prompts, lengths and adapters of one bucket share the compiled loop."""
+    """Prompts, lengths and batches of one bucket, and whatever tokens are chosen by, share what was compiled."""
     _, model, params = llama
-    compiled = [step._cache_size() for step in (drawing._start, drawing._go_on)]
-    for prompts, new in (([[5, 6], [7]], 9), ([[8] * 12, [9]], 16), ([[1] * 16, [2] * 3], 3)):
-        generate(model, params, prompts, max_new_tokens=new)
-    assert [step._cache_size() for step in (drawing._start, drawing._go_on)] == [one + 1 for one in compiled]
+    prompts = [[5, 6], [7], [8] * 12, [9], [1] * 16, [2] * 3, [4], [3, 4]]
+    generate(model, params, prompts, max_new_tokens=9, eos_token_ids=(3, 5), repetition_penalty=1.5)
+    before = compiled()
+    for rows, new, ends, penalty in ((5, 16, (7, 8), 1.2), (6, 3, (8, 9), 0.5), (7, 40, (4, 11), 3)):
+        options = {"max_new_tokens": new, "eos_token_ids": ends, "repetition_penalty": penalty}
+        assert len(generate(model, params, prompts[:rows], **options)) == rows
+    assert compiled() == before
+    for sampling in (Sampling(), Sampling(temperature=0.3), Sampling(top_k=3), Sampling(top_p=0.5, temperature=2.0)):
+        generate(model, params, PROMPTS, max_new_tokens=16, sampling=sampling, key=jax.random.key(0))
+    assert compiled() == [one + 1 for one in before]
+
+
+def test_time_and_memory_follow_the_tokens():
+    """A cache of the tokens so far, whatever is allowed."""
+    assert stages(16, 32) == [64]
+    assert stages(32, 2080) == [64, 128, 256, 512, 768, 1024, 1536, 2080]
+    assert stages(2048, 2064) == [2064]
+    assert stages(2048, 4096) == [3072, 4096]
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(4, marks=pytest.mark.large)])
+def test_the_cache_is_written_in_place(llama_folder, llama, scan_layers, num_beams):
+    """What a loop holds beside it is less than a copy of one of its layers, as the compiled program says."""
+    model, params = load_decoder(llama_folder, jnp.float32, scan_layers=scan_layers)
+    tokens, kind = jnp.zeros((8, 16), jnp.int32), drawing if num_beams == 1 else searching
+    prompts = Prompts(params, tokens, tokens == 0, jnp.ones(8, bool), None)
+    rules, options = Rules(jnp.int32(9), jnp.array([3]), None), {} if num_beams == 1 else {"num_beams": num_beams}
+    extra = None if num_beams == 1 else jnp.float32(1)
+    trees = []
+
+    def started():
+        state = kind._start(model, prompts, rules, extra, slots=2048, **options)
+        trees.append(jax.tree.structure(state))
+        return jax.tree.leaves(state)
+
+    def go_on(leaves, params):
+        again = prompts.replace(params=params)
+        return kind._go_on(model, again, rules, extra, jax.tree.unflatten(trees[0], leaves))
+
+    leaves = jax.eval_shape(started)
+    memory = jax.jit(go_on, donate_argnums=0).lower(leaves, params).compile().memory_analysis()
+    rows, config = 8 * num_beams, model.config
+    layer = 2 * 4 * rows * 2048 * config.num_key_value_heads * config.head_dim
+    assert memory.alias_size_in_bytes > config.num_hidden_layers * layer
+    # A scan on CPU slices its layer's keys and values out.
+    assert memory.temp_size_in_bytes < (1.2 * layer if scan_layers else 0.5 * layer)
 
 
 def test_sampling(llama):
@@ -128,6 +192,7 @@ def test_sampling(llama):
     options = {"max_new_tokens": 16, "sampling": Sampling(temperature=1.5), "key": jax.random.key(0)}
     drawn = generate(model, params, PROMPTS, **options)
     assert drawn == generate(model, params, PROMPTS, **options)
+    assert drawn == generate(model, params, [*PROMPTS, [7]], **options)[:3]  # whatever else is in the batch
     assert drawn != generate(model, params, PROMPTS, **{**options, "key": jax.random.key(1)})
     greedy = generate(model, params, PROMPTS, max_new_tokens=16)
     assert drawn != greedy
@@ -185,6 +250,7 @@ def test_stories(num_beams):
         ({"sampling": Sampling()}, r"sampling needs a key"),
         ({"sampling": {"temperature": 1}}, r"sampling must be a Sampling or None"),
         ({"adapter_ids": [0]}, r"adapter_ids goes with a list"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be a number above 0, got 0"),
         ({"prompts": [[True, 2]]}, r"prompt 0 must be a list of token ids, got \[True, 2\]"),
         ({"prompts": [[2**70]]}, r"prompt 0 must be a list of token ids, got \[1180"),
         ({"prompts": [[2**32 + 5]]}, r"prompt 0 holds token 4294967301, outside"),

@@ -41,7 +41,7 @@ from tests.models.test_generate import PROMPTS, cut, torch_generate
         ),
         (
             {"repetition_penalty": 1.05, "no_repeat_ngram_size": 0, "suppress_tokens": [], "num_beams": 4},
-            Generation(ignored=("num_beams=4", "repetition_penalty=1.05")),
+            Generation(repetition_penalty=1.05, ignored=("num_beams=4",)),
         ),
         ({"do_sample": True, "min_p": 0.1}, Generation(sampling=Sampling(top_k=50), ignored=("min_p=0.1",))),
         (
@@ -69,6 +69,8 @@ def test_what_a_file_says(fields, want):
         ({"top_p": [0.9]}, r"top_p must be a number that is finite, got \[0\.9\]"),
         ({"top_k": 2.5}, r"top_k must be an integer of at least 0 or null, got 2\.5"),
         ({"top_k": -1}, r"top_k must be an integer of at least 0 or null, got -1"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be a number above 0, got 0"),
+        ({"repetition_penalty": "1.2"}, r"repetition_penalty must be a number above 0, got '1\.2'"),
         ({"do_sample": True, "temperature": 0}, r"temperature must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1\.5"),
     ],
@@ -103,31 +105,39 @@ def test_without_the_file_it_is_the_config(change, ends):
 
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
-    """A checkpoint that says which tokens end: some that its greedy answers hold, and how to draw."""
+    """A checkpoint that says which tokens end: some that its greedy answers hold, how to draw, and what to penalise."""
     folder = tmp_path_factory.mktemp("ending")
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
     free = torch_generate(theirs, PROMPTS, eos_token_id=None, max_new_tokens=12)
     ends = [free[0][3], free[2][5]]
     theirs.generation_config = transformers.GenerationConfig(
-        eos_token_id=ends, pad_token_id=0, do_sample=True, temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2
+        eos_token_id=ends,
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=12,
     )
     theirs.save_pretrained(folder)
     return free, ends, theirs, *load_decoder(folder, jnp.float32)
 
 
-def test_generation_ends_by_default(ending, caplog):
+def test_generation_is_the_files_by_default(ending, caplog):
     free, ends, theirs, model, params = ending
     generating._note_ignored.cache_clear()
     options = {"max_new_tokens": 12}
-    theirs.generation_config.repetition_penalty = 1.0
     want = torch_generate(theirs, PROMPTS, **options)  # the file's ends, which torch fills up with padding
     got = generate(model, params, PROMPTS, **options)
-    assert got == [cut(row, ends) for row in want] == [cut(row, ends) for row in free]
+    assert got == [cut(row, ends) for row in want] != [cut(row, ends) for row in free]
+    assert caplog.text.count("what generate does not do: no_repeat_ngram_size=12") == 1
+    got = generate(model, params, PROMPTS, repetition_penalty=1, **options)
+    assert got == [cut(row, ends) for row in free]
     assert min(map(len, got)) < 12
-    assert caplog.text.count("what generate does not do: repetition_penalty=1.2") == 1
-    assert generate(model, params, PROMPTS, eos_token_ids=(), **options) == free
-    assert caplog.text.count("repetition_penalty") == 1
+    assert generate(model, params, PROMPTS, eos_token_ids=(), repetition_penalty=1, **options) == free
+    assert caplog.text.count("no_repeat_ngram_size") == 1
     # Greedy whatever the file says; how it would draw is at hand.
     assert model.config.generation.sampling == Sampling(temperature=0.7, top_p=0.9, top_k=5)
 

@@ -72,7 +72,8 @@ def test_a_run_keeps_its_policy(run, tmp_path, monkeypatch, capsys):
     train(run, tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["remat"]
     assert kept == {"policy": "none", "device": "cpu", "devices": 8, "mesh": "data=-1"}
-    assert "train: remat none: a step needs 0.00 GB a device beside what is loaded" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "train: remat none: a step needs 0.00" in shown
     monkeypatch.setattr(remat, "free_memory", lambda device: 1)
     longer = dataclasses.replace(run, loop=dataclasses.replace(loop, steps=3))
     train(longer, tmp_path / "run", resume=True)

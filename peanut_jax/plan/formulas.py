@@ -9,7 +9,7 @@ fsdp and t of tensor, the temporaries are what is kept through the step,
 and the larger of what a layer and what the loss takes besides:
 
     one layer's own arrays, and gathered kernels   b * T * (its elements), and 2 * kernels of a layer / t where f > 1
-    the gathered head, and logits                  vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t in float32
+    the gathered head, and float32 logits          vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t
 
 and FLOPs are 2 a parameter and token in the forward pass, 2 for the activations' gradients, and 2 for what is
 recomputed; the scores of attention come on top.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from peanut_jax import hlo
 from peanut_jax.base.kernels import flatten
@@ -87,7 +87,7 @@ class Held(NamedTuple):
     targets: tuple[tuple[str, int, int], ...]
 
 
-def held(setting: Setting, mesh: Mesh | AbstractMesh) -> Held:
+def held(setting: Setting, mesh: Mesh) -> Held:
     """What a device of the mesh holds.
 
     Raises:
@@ -104,7 +104,7 @@ def held(setting: Setting, mesh: Mesh | AbstractMesh) -> Held:
     )
 
 
-def estimate(setting: Setting, mesh: Mesh | AbstractMesh, known: Held | None = None) -> Plan:
+def estimate(setting: Setting, mesh: Mesh, known: Held | None = None) -> Plan:
     """The plan of a setting, from formulas.
 
     Args:
@@ -128,7 +128,7 @@ def estimate(setting: Setting, mesh: Mesh | AbstractMesh, known: Held | None = N
     )
 
 
-def _share(setting: Setting, mesh: Mesh | AbstractMesh, targets: tuple[tuple[str, int, int], ...]) -> Share:
+def _share(setting: Setting, mesh: Mesh, targets: tuple[tuple[str, int, int], ...]) -> Share:
     data, fsdp, tensor = (mesh.shape.get(name, 1) for name in AXES)
     rows = setting.batch_size // batch_shards(mesh) // setting.accumulate_steps
     item = 2 if setting.dtype == "bfloat16" else 4
@@ -153,14 +153,14 @@ def _kept(config: DecoderConfig, share: Share) -> float:
     hidden, wide, queries, keys = _widths(config)
     if config.remat == "full":
         return hidden
-    # The outputs of base and adapter are products of their own. Nothing reads down_proj's again.
-    products = queries + 2 * keys + 2 * wide
-    products += sum(d_out for name, _, d_out in share.targets if name not in ("o_proj", "down_proj"))
-    kept = 2 * hidden + products / share.tensor + len(share.targets) * share.rank
+    # What comes in and what attention adds to it; its queries, keys, values and outputs; the adapters' inner products.
+    kept = 2 * hidden + 2 * (queries + keys) / share.tensor + len(share.targets) * share.rank
+    if config.remat != "attention":
+        kept += 2 * wide / share.tensor
     if config.remat == "none":
         kept += _NONE_HIDDEN * hidden + (2 * queries + 2 * keys + _NONE_WIDE * wide) / share.tensor
         kept += _SCORES_KEPT * _keys(share) * config.num_attention_heads / share.tensor
-    return kept  # what "dots" keeps, at most, for a policy between it and "full"
+    return kept
 
 
 def _keys(share: Share) -> int:
@@ -187,11 +187,13 @@ def _sides(share: Share) -> int:
 
 def _flops(config: DecoderConfig, share: Share) -> int:
     """FLOPs of one microbatch."""
-    hidden, wide, queries, _ = _widths(config)
+    hidden, wide, queries, keys = _widths(config)
     again = config.remat == "full"
-    kernels = 2 * _layer_kernels(config) * (2 + again) - 2 * again * hidden * wide
+    # The recomputed products: of the MLP, gate and up alone, and with "full" attention's four.
+    twice = {"attention": 2 * hidden * wide, "full": 2 * hidden * (wide + queries + keys)}.get(config.remat, 0)
+    kernels = 4 * _layer_kernels(config) + 2 * twice
     seen = (_keys(share) or share.seq / 2) * queries
-    scores = 4 * seen * (3 if config.remat == "none" else 4)
+    scores = 4 * seen * (3 + again)
     thin = 2 * share.rank * _sides(share) * (3 + again)
     head = 2 * config.vocab_size * hidden * (3 if share.tokens > CHUNK else 2)
     return round(share.tokens * (config.num_hidden_layers * (kernels + scores + thin) + head) / share.tensor)

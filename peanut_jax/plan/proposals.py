@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jax.sharding import AbstractMesh
+import numpy as np
+from jax.sharding import Mesh
 
 from peanut_jax.models.decoder_config import REMAT_POLICIES
 from peanut_jax.plan.chips import Chip
 from peanut_jax.plan.compiled import planned
-from peanut_jax.plan.estimate import SURELY, Held, estimate, held
+from peanut_jax.plan.formulas import SURELY, Held, estimate, held
 from peanut_jax.plan.memory import HEADROOM
 from peanut_jax.plan.record import Plan
 from peanut_jax.plan.step import DoesNotFit, Setting
@@ -108,7 +109,7 @@ def search(
         ValueError: sizes of the model or a batch that divide over no mesh.
     """
     room = chip.memory * (1 - headroom)
-    meshes = _meshes(setting, chip, len(devices))
+    meshes = _meshes(setting, chip, devices)
     tell(f"{len(meshes)} meshes of {len(devices)} devices, {len(remats)} remat policies")
     scales: dict[tuple[Any, ...], float] = {}
     compiled: dict[_Try, Plan] = {}
@@ -116,38 +117,39 @@ def search(
     while len(found) < top and len(compiled) < _COMPILES * top:
         proposed = [tuple(one.mesh.values()) for one in found]
         tries = [one for one in _tries(setting, meshes, batch_size, remats) if one.sizes not in proposed]
-        likely = {one: _scaled(meshes[one.sizes], one, scales) for one in tries if one not in compiled}
+        likely = {one: _scaled(*meshes[one.sizes], one, scales) for one in tries if one not in compiled}
         best = _best(likely, chip, room)
         if best is None:
             break
         tell(f"compiling {best}")
-        plan, ratio = _confirmed(best, devices, meshes[best.sizes])
+        plan, ratio = _confirmed(best, devices, meshes[best.sizes][1])
         compiled[best], scales[best.kind] = plan, ratio
         if plan.total <= room:
             mesh = dict(zip(AXES, best.sizes, strict=True))
             found.append(Proposal(setting=best.setting, mesh=mesh, plan=plan, chip=chip))
     if not found:
         smallest = [one.total for one in compiled.values()] or [
-            _scaled(meshes[one.sizes], one, {}).total for one in _tries(setting, meshes, batch_size, remats)
+            _scaled(*meshes[one.sizes], one, {}).total for one in _tries(setting, meshes, batch_size, remats)
         ]
         raise _nothing(min(smallest), chip, room, len(devices))
     return sorted(found, key=lambda one: -one.tokens_per_second)
 
 
-def _meshes(setting: Setting, chip: Chip, count: int) -> dict[tuple[int, int, int], Held]:
-    """The sizes of (data, fsdp, tensor) over which the model divides, and what a device then holds of it.
+def _meshes(setting: Setting, chip: Chip, devices: Sequence[Any]) -> dict[tuple[int, int, int], tuple[Mesh, Held]]:
+    """The sizes of (data, fsdp, tensor) over which the model divides: as a mesh, and what a device then holds.
 
     Raises:
         ValueError: there are none.
     """
-    config = setting.config
+    config, count = setting.config, len(devices)
     found, reason = {}, ""
     for tensor in _divisors(math.gcd(count, config.num_key_value_heads, chip.node or count)):
         for fsdp in _divisors(count // tensor):
             sizes = (count // tensor // fsdp, fsdp, tensor)
             one_each = dataclasses.replace(setting, batch_size=count // tensor, accumulate_steps=1)
             try:
-                found[sizes] = held(one_each, AbstractMesh(sizes, AXES))
+                mesh = Mesh(np.asarray(devices).reshape(sizes), AXES)
+                found[sizes] = mesh, held(one_each, mesh)
             except ValueError as error:
                 reason = str(error)
     if not found:
@@ -189,9 +191,9 @@ def _tries(
         )
 
 
-def _scaled(known: Held, one: _Try, scales: Mapping[tuple[Any, ...], float]) -> Plan:
+def _scaled(mesh: Mesh, known: Held, one: _Try, scales: Mapping[tuple[Any, ...], float]) -> Plan:
     """The estimate, with the memory that an earlier compilation of its kind makes likely."""
-    plan = estimate(one.setting, AbstractMesh(one.sizes, AXES), known)
+    plan = estimate(one.setting, mesh, known)
     return dataclasses.replace(plan, temporary=round(plan.temporary * scales.get(one.kind, 1.0)))
 
 
