@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 
-def alternate(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def alternate(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat of each step, in turn; a step must block until its work is done. One warm-up each."""
     for step in steps.values():
         step()
@@ -37,7 +37,7 @@ def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
     return float(np.median(np.asarray(seconds) / np.asarray(reference)))
 
 
-def repeated(step: Callable[[], None], *, seconds: float, least: int = 3, most: int = 30) -> list[float]:
+def repeated(step: Callable[[], object], *, seconds: float, least: int = 3, most: int = 30) -> list[float]:
     """Seconds of each repeat of one step, which must block until its work is done.
 
     Args:

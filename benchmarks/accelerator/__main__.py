@@ -62,6 +62,7 @@ def main() -> None:
     began = time.monotonic()
     args = arguments()
     signal.signal(signal.SIGTERM, stop)
+    args.out = args.out.absolute()  # the sections' processes run in the checkout
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / RESULTS).open("w") as file, (args.out / LOG).open("w") as log:
         results = Results(file, lambda text: print(text, flush=True))

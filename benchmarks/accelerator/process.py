@@ -14,6 +14,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 Line = dict[str, Any]
+# No downloads, and where Python was when a library crashed.
+_ALWAYS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 # How much of a GPU's memory jax takes at its start.
 MEMORY_FLAGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
@@ -23,7 +25,7 @@ def environment(section: str) -> dict[str, str]:
 
     What the caller has set stays. jax takes three quarters of a GPU's memory unless it is told otherwise.
     """
-    known = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+    known = {**_ALWAYS, **os.environ}
     if section != "torch" and not any(name in known for name in MEMORY_FLAGS):
         known["XLA_CLIENT_MEM_FRACTION"] = "0.92"
     known["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), known.get("PYTHONPATH"))))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from benchmarks.shapes import ALL_TARGETS, FIVE_TARGETS
+from peanut_jax.models.decoder_config import REMAT_POLICIES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Step:
     rank: int
     targets: tuple[str, ...]
     methods: tuple[str, ...] = ("lora", "peanut-0", "peanut-2")
-    remat: tuple[str, ...] = ("none", "dots", "full")
+    remat: tuple[str, ...] = REMAT_POLICIES
     clip: float | None = None
     late: bool = False
 
