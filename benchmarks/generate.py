@@ -1,6 +1,7 @@
 """Tokens a second of greedy generation and beam search beside transformers' torch `generate`, alternating.
 
     python -m benchmarks.generate --batch 8 --width 512 --layers 8
+    python -m benchmarks.generate --width 256 --layers 4 --vocab 4096
     python -m benchmarks.generate --new-tokens 64 --room 2048
     python -m benchmarks.generate --adapters 8 --rank 32
 
