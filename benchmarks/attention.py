@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 import peanut_jax as pj
 from benchmarks.timing import alternate
 from peanut_jax.base.kernels import flatten, replace
-from peanut_jax.models.attention_roads import attend_rows
-from peanut_jax.models.attention_sight import Window, make_sight
+from peanut_jax.models.attention.roads import attend_rows
+from peanut_jax.models.attention.sight import Window, make_sight
 from peanut_jax.models.decoder import Decoder, kept_dtype, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.sharding import batch_sharding, make_mesh, shard, sharded_train_step, state_shapes, tracing_for

@@ -27,8 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peanut_jax.models.attention_roads import attend_rows
-from peanut_jax.models.attention_sight import Window, make_sight
+from peanut_jax.models.attention.roads import attend_rows
+from peanut_jax.models.attention.sight import Window, make_sight
 from peanut_jax.sharding import batch_sharding, make_mesh, tracing_for
 from peanut_jax.topologies import parse_slice, slice_devices
 

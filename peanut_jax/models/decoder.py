@@ -15,10 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from peanut_jax.base.kernels import BOUND, COLLECTION
 from peanut_jax.matrices import float32_dot
-from peanut_jax.models.attention import count_positions
-from peanut_jax.models.attention_sight import make_sight
+from peanut_jax.models.attention.cached import Seen
+from peanut_jax.models.attention.sight import count_positions, make_sight
 from peanut_jax.models.cache import Cache
-from peanut_jax.models.cached_attention import Seen
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.head_loss import Chunk, chunked, cross_entropy, head_loss
 from peanut_jax.models.layers import Model

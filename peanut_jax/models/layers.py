@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 from jaxtyping import Array, Float
 
-from peanut_jax.models.attention_roads import attend_rows
-from peanut_jax.models.attention_sight import RESIDUALS, Window, layer_windows
+from peanut_jax.models.attention.cached import Seen, attend_cached
+from peanut_jax.models.attention.roads import attend_rows
+from peanut_jax.models.attention.sight import RESIDUALS, Window, layer_windows
 from peanut_jax.models.cache import extend, of_layer
-from peanut_jax.models.cached_attention import Seen, attend_cached
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.models.rope import rotate
 from peanut_jax.xla_cpu import LOW_RANK

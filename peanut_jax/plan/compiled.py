@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from peanut_jax import hlo
 from peanut_jax.messages import one_line
 from peanut_jax.methods.base import Method
-from peanut_jax.models.attention_chunked import BLOCK
+from peanut_jax.models.attention.chunked import BLOCK
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.plan.formulas import estimate
 from peanut_jax.plan.record import Plan

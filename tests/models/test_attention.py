@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from peanut_jax.models import attention_roads, attention_splash
-from peanut_jax.models.attention_chunked import chunked
-from peanut_jax.models.attention_roads import Call, attend_rows, choose
-from peanut_jax.models.attention_sight import RESIDUALS, Window, make_sight, seen
+from peanut_jax.models.attention import roads, splash
+from peanut_jax.models.attention.chunked import chunked
+from peanut_jax.models.attention.roads import Call, attend_rows, choose
+from peanut_jax.models.attention.sight import RESIDUALS, Window, make_sight, seen
 from peanut_jax.models.decoder import Decoder, language_loss, variable_shapes
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.layers import remat_policy
@@ -38,7 +38,7 @@ TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels of a TPU run here, slowly."""
-    monkeypatch.setattr(attention_splash, "INTERPRET", True)
+    monkeypatch.setattr(splash, "INTERPRET", True)
 
 
 def arrays(heads=4, kv_heads=2, head_dim=64, dtype="float32", batch=BATCH):
@@ -125,14 +125,14 @@ def test_splash(interpreted, sight, window, dtype, sizes):
 @pytest.mark.parametrize("fused", [0, 8])
 def test_splash_in_several_blocks(interpreted, monkeypatch, window, fused):
     """Both backward passes; 700 tokens are three blocks of 256."""
-    monkeypatch.setattr(attention_splash, "_BLOCK", 256)
-    monkeypatch.setattr(attention_splash, "_FUSED", fused)
+    monkeypatch.setattr(splash, "_BLOCK", 256)
+    monkeypatch.setattr(splash, "_FUSED", fused)
     rng = np.random.default_rng(0)
     q, k, v, slope = (jnp.asarray(rng.normal(size=(1, 700, n, 64)), jnp.float32) for n in (2, 1, 1, 2))
     segments = jnp.asarray(np.repeat([1, 2, 0], [400, 290, 10]))[None]
     mask = seen(make_sight((1, 700), segments != 0, segments), window)[:, None]
     exact = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
-    split = functools.partial(attention_splash.splash, segments=segments, window=window, mesh=None)
+    split = functools.partial(splash.splash, segments=segments, window=window, mesh=None)
     for one, other in zip(*(jax.jit(jax.vjp(f, q, k, v)[1])(slope) for f in (split, exact)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
@@ -149,7 +149,7 @@ def test_cudnn_is_given_no_mask_for_whole_rows(monkeypatch, window, sides):
         return attend(q, k, v, **{**options, "implementation": "xla"})
 
     gpu = Call("nvidia", True, jnp.bfloat16, SEQ, 64, False, True)
-    monkeypatch.setattr(attention_roads, "_call", lambda q, sight: gpu)
+    monkeypatch.setattr(roads, "_call", lambda q, sight: gpu)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     jax.eval_shape(lambda q, k, v, _: attend_rows(q, k, v, sight_of("plain"), WINDOWS[window]), *arrays())
     assert [one["local_window_size"] for one in asked] == sides
@@ -185,7 +185,7 @@ def call(platform="cpu", **changed):
 )
 def test_choice(asked, road, told, caplog):
     """A kernel that cannot be taken is replaced, and the log says so once."""
-    attention_roads._tell.cache_clear()
+    roads._tell.cache_clear()
     with caplog.at_level(logging.WARNING, "peanut_jax"):
         assert [choose("auto", asked) for _ in range(3)] == [road] * 3
     assert len(caplog.messages) == (told is not None)
@@ -295,7 +295,7 @@ def test_a_step_on_a_mesh_knows_it(monkeypatch):
     model, params = small()
     mesh = make_mesh("data=2,tensor=4")
     seen_by = []
-    monkeypatch.setattr(attention_roads, "choose", lambda attention, call: seen_by.append(traced_mesh()) or "xla")
+    monkeypatch.setattr(roads, "choose", lambda attention, call: seen_by.append(traced_mesh()) or "xla")
     loss_fn = constrain(
         lambda params: language_loss(model)(params, rows(), None)[0], shard(params, mesh, rules_for("llama"))
     )

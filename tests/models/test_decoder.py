@@ -17,7 +17,7 @@ import peanut_jax as pj
 from peanut_jax.architectures import ARCHITECTURES
 from peanut_jax.base.kernels import flatten
 from peanut_jax.models import families
-from peanut_jax.models.attention import fits_cudnn
+from peanut_jax.models.attention.roads import fits_cudnn
 from peanut_jax.models.cache import empty_cache
 from peanut_jax.models.decoder_config import from_hf
 from peanut_jax.models.head_loss import cross_entropy

@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from peanut_jax.models.attention_sight import RESIDUALS, Sight, Window, between
+from peanut_jax.models.attention.sight import RESIDUALS, Sight, Window, between
 
 # Queries, and keys, of a block.
 BLOCK = 512

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Float, Int
 
-from peanut_jax.models.attention_sight import RESIDUALS
+from peanut_jax.models.attention.sight import RESIDUALS
 from peanut_jax.sharding import batch_axes, batch_shards
 
 # Blocks are whole numbers of lanes.

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from peanut_jax.models import attention_splash
-from peanut_jax.models.attention import fits_cudnn
-from peanut_jax.models.attention_chunked import chunked
-from peanut_jax.models.attention_sight import Sight, Window, seen
+from peanut_jax.models.attention import splash
+from peanut_jax.models.attention.chunked import chunked
+from peanut_jax.models.attention.sight import Sight, Window, seen
 from peanut_jax.sharding import traced_mesh
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def attend_rows(
     """
     road = choose(attention, _call(q, sight))
     if road == "splash":
-        run = functools.partial(attention_splash.splash, q, k, v, sight.segments, mesh=traced_mesh())
+        run = functools.partial(splash.splash, q, k, v, sight.segments, mesh=traced_mesh())
         return _by_window(window, lambda one: run(window=one))
     if road == "cudnn" and sight.segments is None and sight.counted:
         return _by_window(window, functools.partial(_causal_cudnn, q, k, v))
@@ -121,7 +120,7 @@ def refusal(road: str, call: Call) -> str | None:
 
 
 def _no_splash(call: Call) -> str | None:
-    if call.platform != "tpu" and not attention_splash.INTERPRET:
+    if call.platform != "tpu" and not splash.INTERPRET:
         return (
             f"splash is a kernel for TPUs, and this is traced for {call.platform} (to compile for another machine's "
             "devices, trace inside peanut_jax.sharding.tracing_for(mesh))"
@@ -142,6 +141,18 @@ def _no_cudnn(call: Call) -> str | None:
             f"{jnp.dtype(call.dtype).name} heads of {call.head_dim} and rows of {call.seq}"
         )
     return None
+
+
+def fits_cudnn(dtype: Any, head_dim: int, queries: int, keys: int) -> bool:
+    """Whether cuDNN's fused kernel takes these shapes, forward and backward, on every card that it supports.
+
+    It does not take a single query, as in decoding.
+
+    References:
+        jax 0.10, `_src/cudnn/fused_attention_stablehlo.py`, check_is_flash_attention.
+    """
+    sixteen = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return sixteen and head_dim % 8 == 0 and head_dim <= 128 and queries > 1 and queries % 2 == 0 and keys % 2 == 0
 
 
 def _unwise(road: str, call: Call) -> str | None:

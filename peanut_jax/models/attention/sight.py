@@ -3,11 +3,10 @@
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
-
-from peanut_jax.models.attention import count_positions, renumber
 
 # What a remat policy may keep under this name: the output and the logsumexp, where the backward pass needs no more.
 RESIDUALS = "attention_residuals"
@@ -112,3 +111,24 @@ def between(
     if not counted:
         allowed &= distance >= 0
     return allowed if window is None else allowed & (distance < window)
+
+
+def count_positions(
+    real: Bool[Array, "batch seq"], segments: Int[Array, "batch seq"] | None
+) -> Int[Array, "batch seq"]:
+    """Each token's position in its row or segment, padding left out; 0 for padding before the first token."""
+    positions = jnp.cumsum(real, axis=-1) - 1
+    if segments is not None:
+        positions -= jax.lax.cummax(jnp.where(_starts(segments), positions, 0), axis=1)
+    return jnp.maximum(positions, 0)
+
+
+def renumber(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Runs of one number as segments of their own, so that a number that comes again is another sequence."""
+    return jnp.where(segments != 0, jnp.cumsum(_starts(segments), axis=-1), 0)
+
+
+def _starts(segments: Int[Array, "batch seq"]) -> Bool[Array, "batch seq"]:
+    """Where a token's segment is not that of the token before it."""
+    first = jnp.ones_like(segments[:, :1], bool)
+    return jnp.concatenate([first, segments[:, 1:] != segments[:, :-1]], axis=-1)
