@@ -23,9 +23,8 @@ from jaxtyping import install_import_hook, jaxtyped
 CHECKED = [f"peanut_jax.{name}" for name in (
     "methods.activations", "methods.dora", "methods.peanut_start", "methods.tweaker", "matrices", "updates", "xla_cpu",
     "base.digest", "frontends.linen_modules", "sharding",
-    "models.attention.cached", "models.attention.roads", "models.attention.sight", "models.attention.splash",
-    "models.beam", "models.decoder", "models.decoding", "models.layers", "models.repetition", "models.rope", "models.serving",
-    "models.side_by_side",
+    "models.attention.cached", "models.attention.roads", "models.attention.splash", "models.beam", "models.decoder",
+    "models.decoding", "models.layers", "models.repetition", "models.rope", "models.serving", "models.side_by_side",
     "interop.lora", "interop.lora_factors", "interop.merged",
     "run_checkpoint_leaves", "trainer.curves", "trainer.guard",
 )]  # fmt: skip
