@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -136,19 +135,6 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]
 def rotate(x: Float[Array, "batch seq heads head_dim"], positions: Int[Array, "batch seq"], rope: Rope) -> Array:
     """Rotary embedding, halves rotated against each other as transformers lays them out; computed in float32."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, x.shape[-1])
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return _turn(x, jnp.concatenate([cos, cos], -1)[:, :, None, :], jnp.concatenate([-sin, sin], -1)[:, :, None, :])
-
-
-# The backward pass is the rotation back. From the derived one, which adds up padded halves, XLA for TPUs makes several
-# float32 copies of x.
-@jax.custom_vjp
-def _turn(x: Array, cos: Array, sin: Array) -> Array:
-    first, second = jnp.split(x, 2, axis=-1)
-    other = jnp.concatenate([second, first], axis=-1)
-    return (x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin).astype(x.dtype)
-
-
-_turn.defvjp(
-    lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), lambda saved, g: (_turn(g, saved[0], -saved[1]), None, None)
-)
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
