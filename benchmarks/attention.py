@@ -17,25 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 import peanut_jax as pj
+from benchmarks.shapes import FIVE_TARGETS, decoder_config
 from benchmarks.timing import alternate
-from peanut_jax.base.kernels import flatten, replace
 from peanut_jax.models.attention.roads import attend_rows
 from peanut_jax.models.attention.sight import Window, make_sight
-from peanut_jax.models.decoder import Decoder, kept_dtype, language_loss, variable_shapes
-from peanut_jax.models.decoder_config import from_hf
-from peanut_jax.sharding import batch_sharding, make_mesh, shard, sharded_train_step, state_shapes, tracing_for
+from peanut_jax.plan.step import Setting
+from peanut_jax.sharding import batch_sharding, make_mesh, tracing_for
 from peanut_jax.topologies import slice_devices
 
-LLAMA_3_8B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    "rope_theta": 500000.0, "tie_word_embeddings": False,
-}  # fmt: skip
-ADAPTER = pj.PeanutConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+ADAPTER = pj.PeanutConfig(r=32, target_modules=FIVE_TARGETS)
 LENGTHS = {"time": (256, 512, 1024, 2048, 4096), "kernel": (8192, 32768), "step": (8192, 32768)}
 
 
@@ -86,19 +79,9 @@ def compile_kernel(args: argparse.Namespace, seq: int, mesh: Mesh) -> Any:
 
 def compile_step(args: argparse.Namespace, seq: int, mesh: Mesh) -> Any:
     """A train step of Llama-3-8B's shapes, scanned, with PEANuT of rank 32."""
-    fields = {**LLAMA_3_8B, "num_hidden_layers": args.layers}
-    model = Decoder(from_hf(fields, remat=args.remat, attention=args.road))
-    flat = flatten(variable_shapes(model))
-    small: dict[str, Any] = {
-        path: jax.ShapeDtypeStruct(leaf.shape, kept_dtype(path, jnp.bfloat16)) for path, leaf in flat.items()
-    }
-    params = shard(replace(variable_shapes(model), small), mesh, pj.sharding.rules_for("llama"))
-    tx = optax.adamw(1e-3)
-    state = state_shapes(params, ADAPTER, tx)
-    sharding = batch_sharding(mesh)
-    kinds = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32"}
-    batch = {name: jax.ShapeDtypeStruct((args.batch, seq), kind, sharding=sharding) for name, kind in kinds.items()}
-    return sharded_train_step(language_loss(model), tx, ADAPTER, state, params).lower(state, params, batch).compile()
+    changes = {"num_hidden_layers": args.layers, "max_position_embeddings": seq}
+    config = decoder_config("llama-3-8b", changes=changes, remat=args.remat, attention=args.road)
+    return Setting(config=config, adapter=ADAPTER, batch_size=args.batch, seq_len=seq).compile(mesh)
 
 
 def memory(args: argparse.Namespace) -> Iterator[dict]:

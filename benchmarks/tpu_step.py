@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_step --rows 16 1 4 --seq 256 4096 4096 --depth 0 2
 
-The step of `make_train_step` on our decoder with `language_loss` and AdamW, bfloat16, packed rows, rank 32 on q, k, v,
+The step that `peanut-jax plan` compiles, with AdamW, bfloat16, packed rows, rank 32 on q, k, v,
 up and down, is compiled for one chip of the slice, with 2 and with 4 layers, unrolled since a loop's body counts once.
 Half of the difference is a layer's: XLA's FLOPs and bytes, libtpu's `optimal_seconds`, and temporary bytes. A compile
 takes one to three minutes of one core. JSON lines.
@@ -17,51 +17,27 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 import peanut_jax as pj
 from benchmarks.kernel_cycles import attention_kernels
-from benchmarks.step_cost import TARGETS
-from peanut_jax.base.kernels import flatten, replace
+from benchmarks.shapes import FIVE_TARGETS, NAMES, decoder_config
 from peanut_jax.methods.base import Method
-from peanut_jax.models.decoder import Decoder, kept_dtype, language_loss, variable_shapes
-from peanut_jax.models.decoder_config import ATTENTIONS, REMAT_POLICIES, from_hf
-from peanut_jax.sharding import batch_sharding, make_mesh, shard, state_shapes, tracing_for
+from peanut_jax.models.decoder_config import ATTENTIONS, REMAT_POLICIES
+from peanut_jax.plan.step import Setting
+from peanut_jax.sharding import make_mesh
 from peanut_jax.topologies import slice_devices
 
 LAYERS = (2, 4)
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "max_position_embeddings": 32768,
-    },
-    "llama-3-8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 32768, "rope_theta": 500000.0,
-    },
-}  # fmt: skip
+LONGEST = 32768  # tokens of a row that may be asked for
 RATIOS = ("milliseconds", "bytes", "temporary_bytes", "flops")
 
 
 def compiled_step(args: argparse.Namespace, method: Method, layers: int, batch: tuple[int, int], mesh: Mesh) -> Any:
     """The step for a batch of (rows, seq), compiled."""
-    fields = {**MODELS[args.model], "model_type": "llama", "num_hidden_layers": layers, "rms_norm_eps": 1e-5}
-    model = Decoder(from_hf(fields, remat=args.remat, attention=args.attention, unroll=layers))
-    shapes = variable_shapes(model)
-    small = {
-        path: jax.ShapeDtypeStruct(one.shape, kept_dtype(path, jnp.bfloat16)) for path, one in flatten(shapes).items()
-    }
-    params = shard(replace(shapes, small), mesh, pj.sharding.rules_for("llama"))  # type: ignore[arg-type]
-    tx = optax.adamw(1e-3)
-    kinds = {"tokens": jnp.int32, "labels": jnp.int32, "weights": jnp.float32, "segments": jnp.int32}
-    sharding = batch_sharding(mesh)
-    arrays = {name: jax.ShapeDtypeStruct(batch, kind, sharding=sharding) for name, kind in kinds.items()}
-    step: Any = pj.make_train_step(language_loss(model), tx, method)
-    with tracing_for(mesh):
-        return step.lower(state_shapes(params, method, tx), params, arrays).compile()
+    changes = {"num_hidden_layers": layers, "max_position_embeddings": LONGEST}
+    config = decoder_config(args.model, changes=changes, remat=args.remat, attention=args.attention, unroll=layers)
+    return Setting(config=config, adapter=method, batch_size=batch[0], seq_len=batch[1]).compile(mesh)
 
 
 def costs(compiled: Any) -> dict[str, float]:
@@ -83,7 +59,7 @@ def layer_costs(args: argparse.Namespace, method: Method, batch: tuple[int, int]
 
 def methods(args: argparse.Namespace) -> dict[tuple[str, int | None], Method]:
     """(Name, depth) -> its config; LoRA is always there, to be compared with."""
-    shared = {"r": args.rank, "target_modules": TARGETS}
+    shared = {"r": args.rank, "target_modules": FIVE_TARGETS}
     found: dict[tuple[str, int | None], Method] = {("lora", None): pj.LoraConfig(**shared)}
     for depth in args.depth if "peanut" in args.method else ():
         found["peanut", depth] = pj.PeanutConfig(**shared, depth=depth, orientation=args.orientation)
@@ -92,8 +68,9 @@ def methods(args: argparse.Namespace) -> dict[tuple[str, int | None], Method]:
 
 def kernel_milliseconds(args: argparse.Namespace, batch: tuple[int, int]) -> float:
     """Of the Pallas kernels of one layer, forward and backward."""
-    heads = MODELS[args.model]["num_attention_heads"], MODELS[args.model]["num_key_value_heads"]
-    found = attention_kernels(args.slice, *batch, *heads, MODELS[args.model]["hidden_size"] // heads[0])
+    config = decoder_config(args.model)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    found = attention_kernels(args.slice, *batch, *heads, config.head_dim)
     return sum(one["milliseconds"] for one in found)
 
 
@@ -113,7 +90,7 @@ def measure(args: argparse.Namespace, batch: tuple[int, int], mesh: Mesh) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slice", default="v5p-8", help="whose chip to compile for")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama-2-7b")
+    parser.add_argument("--model", choices=NAMES, default="llama-2-7b")
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
     parser.add_argument("--seq", type=int, nargs="+", default=[256], help="tokens a row, one for each of --rows")
     parser.add_argument("--method", choices=("lora", "peanut"), nargs="+", default=["lora", "peanut"])
