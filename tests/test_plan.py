@@ -46,7 +46,7 @@ LLAMA_70B = {
 ADAPTER = pj.PeanutConfig(r=4, depth=1, target_modules=["q_proj", "down_proj"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.large), 2])
 def test_a_plan_is_what_the_real_step_takes(accumulate):
     """The step on real arrays: the same temporaries, and the same bytes of all that goes in."""
     mesh, config = make_mesh("data=2,fsdp=2,tensor=2"), from_hf(LLAMA)

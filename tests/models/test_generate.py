@@ -100,7 +100,8 @@ def test_repetition_penalty(llama, num_beams):
 
 
 @pytest.mark.parametrize(
-    ("num_beams", "scan_layers"), [(1, True), pytest.param(4, True, marks=pytest.mark.large), (4, False)]
+    ("num_beams", "scan_layers"),
+    [(1, True), *(pytest.param(4, scan, marks=pytest.mark.large) for scan in (True, False))],
 )
 def test_adapters_merged_unmerged_and_side_by_side(llama, llama_folder, num_beams, scan_layers):
     _, model, params = llama
