@@ -78,6 +78,7 @@ def test_a_plan_is_what_the_real_step_takes(accumulate):
     assert 0.6 < quick.traffic()["all-gather"] / found.traffic()["all-gather"] <= 1
 
 
+@pytest.mark.large
 def test_a_saved_head_is_counted_in_its_own_dtype():
     """In bfloat16 beside float32 adapters: its values, and AdamW's two moments."""
     mesh = make_mesh("tensor=8")

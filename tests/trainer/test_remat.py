@@ -63,6 +63,7 @@ def test_a_compiler_that_finds_a_step_too_large(monkeypatch):
         first_fitting({name: name for name in TAKES}, refuse, make_mesh("data=8"))
 
 
+@pytest.mark.large
 def test_a_run_keeps_its_policy(run, tmp_path, monkeypatch, capsys):
     """Through a resume on the same devices, whatever is free there then; naming another makes no other run."""
     task = dataclasses.replace(run.task, remat="auto")
