@@ -6,10 +6,12 @@ fsdp and t of tensor, the temporaries are what is kept through the step,
     what each layer keeps for the backward pass    layers * b * T * (kept elements of a token)
     the factors' gradients                         layers * r * (d_in + d_out of each adapted kernel)
 
+    the gathered head                              vocab * hidden / t where f > 1
+
 and the larger of what a layer and what the loss takes besides:
 
     one layer's own arrays, and gathered kernels   b * T * (its elements), and 2 * kernels of a layer / t where f > 1
-    the gathered head, and float32 logits          vocab * hidden / t where f > 1, and 1.5 * chunk * vocab / t
+    float32 logits                                 1.5 * chunk * vocab / t
 
 and FLOPs are 2 a parameter and token in the forward pass, 2 for the activations' gradients, and 2 for what is
 recomputed; the scores of attention come on top.
@@ -25,6 +27,8 @@ from jax.sharding import Mesh
 from peanut_jax import hlo
 from peanut_jax.base.kernels import flatten
 from peanut_jax.base.select import select
+from peanut_jax.models.attention.chunked import BLOCK
+from peanut_jax.models.attention.roads import SHORT
 from peanut_jax.models.decoder import CHUNK
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.plan.record import Plan
@@ -38,10 +42,9 @@ SURELY = 0.6
 # fitted to compiled steps.
 _NONE_HIDDEN, _NONE_WIDE = 6, 3
 _OWN_HIDDEN, _OWN_HEADS, _OWN_WIDE = 4, 2, 3
-# Tokens of a row up to which attention on CPU forms its scores whole, and arrays of their size: kept under "none", and
-# while a layer is computed.
-_WHOLE_SCORES = 1024
-_SCORES_KEPT, _SCORES = 1, 2
+# Arrays of the scores' size where attention forms them whole, kept under "none" and while a layer is computed; and of a
+# block of keys for every query, where it goes by blocks.
+_SCORES_KEPT, _SCORES, _BLOCK_SCORES = 1, 2, 4
 # Arrays of the logits' size that live at a time.
 _LOGITS = 1.5
 
@@ -165,7 +168,7 @@ def _kept(config: DecoderConfig, share: Share) -> float:
 
 def _keys(share: Share) -> int:
     """Scores that a query's head holds at a time; none where attention goes by blocks."""
-    return share.seq if share.seq <= _WHOLE_SCORES else 0
+    return share.seq if share.seq <= SHORT else 0
 
 
 def _temporary(config: DecoderConfig, share: Share) -> int:
@@ -173,11 +176,12 @@ def _temporary(config: DecoderConfig, share: Share) -> int:
     layers, gathers = config.num_hidden_layers, share.fsdp > 1
     kept = layers * (share.tokens * _kept(config, share) + share.rank * _sides(share))
     own = _OWN_HIDDEN * hidden + (_OWN_HEADS * (queries + keys) + _OWN_WIDE * wide) / share.tensor
-    own += _SCORES * _keys(share) * config.num_attention_heads / share.tensor
+    scores = _SCORES * _keys(share) or _BLOCK_SCORES * BLOCK
+    own += scores * config.num_attention_heads / share.tensor
     layer = share.item * (share.tokens * own + 2 * gathers * _layer_kernels(config) / share.tensor)
     end = share.item * gathers * config.vocab_size * hidden / share.tensor
     loss = end + 4 * _LOGITS * min(share.tokens, CHUNK) * config.vocab_size / share.tensor
-    return round(share.item * kept + max(layer, loss))
+    return round(share.item * kept + max(layer + end, loss))
 
 
 def _sides(share: Share) -> int:
@@ -192,10 +196,10 @@ def _flops(config: DecoderConfig, share: Share) -> int:
     # The recomputed products: of the MLP, gate and up alone, and with "full" attention's four.
     twice = {"attention": 2 * hidden * wide, "full": 2 * hidden * (wide + queries + keys)}.get(config.remat, 0)
     kernels = 4 * _layer_kernels(config) + 2 * twice
-    seen = (_keys(share) or share.seq / 2) * queries
+    seen = (_keys(share) or (share.seq + BLOCK) / 2) * queries
     scores = 4 * seen * (3 + again)
     thin = 2 * share.rank * _sides(share) * (3 + again)
-    head = 2 * config.vocab_size * hidden * (3 if share.tokens > CHUNK else 2)
+    head = 4 * config.vocab_size * hidden
     return round(share.tokens * (config.num_hidden_layers * (kernels + scores + thin) + head) / share.tensor)
 
 

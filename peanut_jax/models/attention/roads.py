@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # The figures that choose. All but cuDNN's were measured with `benchmarks.attention`, on CPU by time and for TPU v5p by
 # libtpu's estimates and schedules: 16 rows of 256 take 0.87 ms with splash and 0.98 with XLA, forward and backward.
 # Tokens of a row up to which the scores are formed whole, where no kernel is taken.
-_SHORT = 512
+SHORT = 512
 # Tokens of a row from which splash is faster.
 _SPLASH = 256
 # Tokens of a packed or padded row up to which cuDNN is given a mask of [seq, seq] for each row: not measured.
@@ -99,7 +99,7 @@ def choose(attention: str, call: Call) -> str:
         if why := refusal(attention, call):
             raise ValueError(f"attention={attention!r} cannot run here: {why}. attention='auto' takes another road")
         return attention
-    other = "xla" if call.seq <= _SHORT else "chunked"
+    other = "xla" if call.seq <= SHORT else "chunked"
     kernel = {"tpu": "splash", "nvidia": "cudnn"}.get(call.platform)
     if kernel is None or (kernel == "splash" and call.seq < _SPLASH):
         return other
