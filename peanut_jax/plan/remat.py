@@ -29,11 +29,11 @@ def fitting_remat(
 ) -> str:
     """The first of `REMAT_POLICIES` with which the train step fits a device's memory.
 
-    Steps are compiled, in that order, until one fits; those that surely do not are left out.
+    Steps are compiled, in that order, until one fits; those that surely do not are left out. Arguments that
+    are not named below are those of `plan`.
 
     Args:
         config: The model; its own `remat` does not count.
-        mesh, adapter, batch_size, seq_len, dtype, accumulate_steps: As for `plan`.
         memory: Bytes of a device; None for what the mesh's own devices have.
         headroom: Part of the memory that is to stay free.
 
