@@ -11,7 +11,6 @@ import difflib
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ from peanut_jax.messages import one_line, short
 
 # Generation -> (TensorCores a chip that its names count, axes of its torus, chips of its largest slice).
 _GENERATIONS = {"v4": (2, 3, 4096), "v5e": (1, 2, 256), "v5p": (2, 3, 4096), "v6e": (1, 2, 256)}
-_NAME = re.compile(r"(v\d+\w*?)-(\d{1,6})")
 # By default libtpu makes a device of each of a v4's TensorCores; a program that runs there sees one a chip.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _ENVIRONMENT = {
@@ -53,9 +51,9 @@ def parse_slice(name: str) -> tuple[str, int]:
     if plain not in known:
         generation = plain.partition("-")[0]
         near = [one for one in known if one.startswith(f"{generation}-")] or difflib.get_close_matches(plain, known)
-        near = near or [f"{one}-{8 if one in ('v4', 'v5p') else 4}" for one in _GENERATIONS]
+        near = near or [f"{one}-{4 * cores}" for one, (cores, _, _) in _GENERATIONS.items()]
         raise ValueError(f"{short(name)} is not a TPU slice: such as {', '.join(near)}")
-    generation, count = _NAME.fullmatch(plain).groups()  # type: ignore[union-attr]
+    generation, _, count = plain.partition("-")
     return generation, int(count) // _GENERATIONS[generation][0]
 
 

@@ -96,6 +96,17 @@ class Sizes:
     case_seconds: float
 
 
+# The setting of PEFT's comparison.
+_PEFTS = Step(
+    shapes="llama-3.2-3b",
+    rows=4,
+    seq=768,
+    rank=32,
+    targets=("q_proj", "v_proj"),
+    methods=("lora", "peanut-0"),
+    clip=1.0,
+)
+
 FULL = Sizes(
     name="full",
     dtype="bfloat16",
@@ -104,26 +115,9 @@ FULL = Sizes(
     steps={
         "llama-3-8b": Step(shapes="llama-3-8b", rows=2, seq=4096, rank=16, targets=ALL_TARGETS),
         "llama-2-7b": Step(shapes="llama-2-7b", rows=16, seq=256, rank=32, targets=FIVE_TARGETS),
-        "llama-3.2-3b": Step(
-            shapes="llama-3.2-3b",
-            rows=4,
-            seq=768,
-            rank=32,
-            targets=("q_proj", "v_proj"),
-            methods=("lora", "peanut-0"),
-            clip=1.0,
-        ),
+        "llama-3.2-3b": _PEFTS,
         # Nearer to the 210 tokens that the rows of PEFT's comparison have.
-        "llama-3.2-3b-short": Step(
-            shapes="llama-3.2-3b",
-            rows=4,
-            seq=256,
-            rank=32,
-            targets=("q_proj", "v_proj"),
-            methods=("lora", "peanut-0"),
-            clip=1.0,
-            late=True,
-        ),
+        "llama-3.2-3b-short": dataclasses.replace(_PEFTS, seq=256, late=True),
     },
     swept="llama-3-8b",
     torch_steps=("llama-3.2-3b", "llama-3.2-3b-short"),

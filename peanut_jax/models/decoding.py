@@ -80,8 +80,8 @@ def stages(prompt: int, room: int) -> list[int]:
     while 9 * size < 8 * room:
         if size > prompt:
             sizes.append(size)
-        alone = size & (size - 1) == 0
-        size += size // 2 if alone and size >= 512 else size if alone else size // 3
+        power = 1 << (size.bit_length() - 1)
+        size = size * 3 // 2 if size == power >= 512 else 2 * power
     return [*sizes, max(room, SMALLEST_STAGE)]
 
 

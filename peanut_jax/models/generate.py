@@ -24,6 +24,7 @@ from peanut_jax.models.decoding import Prompts, Rules, stages
 from peanut_jax.models.generation_config import Sampling, checked_penalty
 from peanut_jax.models.sampling import draw_of, sample
 from peanut_jax.models.serving import Factors, serve
+from peanut_jax.models.sizes import power_of_two
 from peanut_jax.models.token_ids import check_inside, id_list
 
 logger = logging.getLogger(__name__)
@@ -113,12 +114,12 @@ def generate(
 
 def bucket(length: int) -> int:
     """The length that arrays are made for: the next power of two."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return max(SMALLEST_BUCKET, power_of_two(length))
 
 
 def batch_bucket(rows: int) -> int:
     """The rows that a batch is filled up to: the next power of two, and above 16 the half between two as well."""
-    power = 1 << (rows - 1).bit_length()
+    power = power_of_two(rows)
     return power * 3 // 4 if power > 16 and rows <= power * 3 // 4 else power
 
 
@@ -165,8 +166,7 @@ def _ends(config: DecoderConfig, eos_token_ids: Any) -> tuple[int, ...]:
 
 def _filled_up(eos: tuple[int, ...]) -> Int[Array, " ends"]:
     """The ends, with -1 up to a power of two."""
-    size = 1 << (len(eos) - 1).bit_length() if eos else 1
-    return jnp.array([*eos, *[-1] * (size - len(eos))], jnp.int32)
+    return jnp.array([*eos, *[-1] * (power_of_two(len(eos)) - len(eos))], jnp.int32)
 
 
 def _repetition_penalty(config: DecoderConfig, given: float | None) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from peanut_jax.models.sizes import power_of_two
 from peanut_jax.updates import LowRank
 
 # Up to so many columns a product costs a matrix unit as much as one column.
@@ -63,7 +64,7 @@ def side_by_side(updates: Sequence[LowRank | None], rows: Sequence[int], dtype: 
     """
     ranks = [0 if update is None else update.left.shape[-1] for update in updates]
     starts = np.cumsum([0, *ranks])
-    total, widest = _rounded(int(starts[-1])), _rounded(max(ranks))
+    total, widest = power_of_two(int(starts[-1])), power_of_two(max(ranks))
     columns = np.full((len(rows), widest), -1, np.int32)
     for row, adapter in enumerate(rows):
         if adapter >= 0:
@@ -78,8 +79,3 @@ def side_by_side(updates: Sequence[LowRank | None], rows: Sequence[int], dtype: 
     left, right = jnp.where(broken, jnp.nan, left), jnp.where(broken, 0, right)
     wide = np.broadcast_to(columns, (*stack, *columns.shape))
     return SideBySide(jnp.pad(left, behind), jnp.pad(right, behind), jnp.asarray(wide))
-
-
-def _rounded(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(size - 1, 0).bit_length()

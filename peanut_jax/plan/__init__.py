@@ -5,7 +5,7 @@ program itself, in bfloat16, so that its memory is the chip's (`topologies.slice
 for everything else, computes in float32 what is bfloat16 and keeps copies for it, so that a bfloat16 step is compiled
 as float32 and its temporary arrays and collectives are counted at half their bytes.
 (Temporaries of Llama-3-70B's step on 64 TPU v5p, 64 rows of 2,048 tokens over fsdp=64 with remat="full": 8.99 GB a chip
-by libtpu 0.0.51, 7.77 GB counted this way; with attention="xla", the same program in both, 9.68 GB and 9.62 GB, and for
+by libtpu 0.0.51, 8.19 GB counted this way; with attention="xla", the same program in both, 9.68 GB and 9.62 GB, and for
 smaller steps 5 to 11% above libtpu's. What is float32 in either, such as the logits, is counted too low.)
 """
 

@@ -1,7 +1,6 @@
 """Plans from a compiler: XLA's for CPU, which is everywhere, or the one of the devices themselves."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 from peanut_jax import hlo
 from peanut_jax.messages import one_line
 from peanut_jax.methods.base import Method
-from peanut_jax.models.attention.chunked import BLOCK
 from peanut_jax.models.decoder_config import DecoderConfig
 from peanut_jax.plan.formulas import estimate
 from peanut_jax.plan.record import Plan
@@ -83,15 +81,15 @@ class Work(NamedTuple):
 
 def _work(compiled: jax.stages.Compiled, setting: Setting, mesh: Mesh) -> Work:
     """From the compiled program's text; where that does not tell, from XLA:CPU's of the same step."""
-    try:
-        if mesh.devices.flat[0].platform == "tpu":
-            # as_text() of libtpu 0.0.51 fails for many programs; others are without the loops' lengths.
-            raise ValueError("libtpu's text of a program does not tell")
-        text = compiled.as_text()
-        assert text is not None
-        return Work(hlo.dot_flops(text), tuple(hlo.collectives(text)))
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = one_line(error, 120)
+    # as_text() of libtpu 0.0.51 fails for many programs; others are without the loops' lengths.
+    reason = "libtpu's text of a program does not tell"
+    if mesh.devices.flat[0].platform != "tpu":
+        try:
+            text = compiled.as_text()
+            assert text is not None
+            return Work(hlo.dot_flops(text), tuple(hlo.collectives(text)))
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            reason = one_line(error, 120)
     spare = _cpu_devices()[: mesh.size]
     if len(spare) < mesh.size:
         found = estimate(setting, mesh)
@@ -116,10 +114,7 @@ def _on_cpu(setting: Setting, mesh: Mesh) -> tuple[Work, int]:
     compiled = dataclasses.replace(setting, dtype="float32").compile(mesh)
     text, temporary = program_of(compiled)
     half = 2 if setting.dtype == "bfloat16" else 1
-    # Attention by blocks turns a loop for each block of queries over the blocks of keys before it: in a row that is one
-    # sequence, half of all.
-    blocks = math.ceil(setting.seq_len / BLOCK)
-    return Work(hlo.dot_flops(text, (blocks + 1) / 2), tuple(_collectives(text, half))), temporary // half
+    return Work(hlo.dot_flops(text), tuple(_collectives(text, half))), temporary // half
 
 
 def _collectives(text: str, half: int) -> Iterator[hlo.Collective]:

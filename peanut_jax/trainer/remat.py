@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from peanut_jax.plan import HEADROOM, DoesNotFit, free_memory
+from peanut_jax.plan import HEADROOM, DoesNotFit, free_memory, held_bytes
 from peanut_jax.plan.step import too_large
 from peanut_jax.trainer.config import Run
 from peanut_jax.trainer.distributed import several
@@ -70,11 +70,10 @@ def first_fitting(
 
 def _needed(step: jax.stages.Compiled) -> int | None:
     """Bytes that a step takes of a device beside its arguments, on the process where that is the most."""
-    memory = step.memory_analysis()
-    if memory is None:
+    memory, held = step.memory_analysis(), held_bytes(step)
+    if memory is None or held is None:
         return None
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return -_least(-(memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes))
+    return -_least(-(held - memory.argument_size_in_bytes))
 
 
 def _free(mesh: Mesh) -> int | None:
